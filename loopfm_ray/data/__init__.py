@@ -1,0 +1,1 @@
+"""Events in, batches out: schemas, readers, negatives, splits, point-in-time features."""

@@ -1,0 +1,1 @@
+"""Losses that pull a vertical model to the foundation model."""

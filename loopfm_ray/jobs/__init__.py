@@ -1,0 +1,1 @@
+"""Ray programs: they move data and decide nothing."""

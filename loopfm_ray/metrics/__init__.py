@@ -1,0 +1,1 @@
+"""Binary, grouped and calibration metrics, gain and transfer ratio."""

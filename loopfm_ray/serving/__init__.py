@@ -1,0 +1,1 @@
+"""The scoring contract, its features, the predictor, bundles and parity."""

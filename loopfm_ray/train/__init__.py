@@ -1,0 +1,1 @@
+"""Plain torch training: one step, the loop, checkpoints, evaluation."""
