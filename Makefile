@@ -1,0 +1,53 @@
+# The README's two: `make demo` and `make test`. Each makes .venv and installs what it needs when that is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: demo test test-slow unit setup fmt lint type bench golden ci clean
+
+demo: setup  ## the whole loop on real data, to a served score and a report
+	$(BIN)/loopfm demo $(ARGS)
+
+test: setup  ## every test but the slow ones, with coverage of the core
+	bash .ci/services $(BIN)
+	$(BIN)/pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+
+test-slow: setup  ## the long suites as well
+	bash .ci/services $(BIN)
+	$(BIN)/pytest $(ARGS)
+
+unit: setup  ## no Ray, no servers, no browser: for the inner loop
+	$(BIN)/pytest -m "not slow and not ray and not s3 and not redis and not browser" -q $(ARGS)
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/pip install --quiet uv
+	UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[demo,redis,bench,dev]'
+	touch $(STAMP)
+
+fmt: setup  ## format and mend what can be mended
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup
+	$(BIN)/mypy
+
+bench: setup  ## figures against their peers, as JSON
+	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+
+golden: setup  ## rewrite the golden numbers; review the diff
+	$(BIN)/pytest tests/golden --golden-rewrite -q
+
+ci: lint type test
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

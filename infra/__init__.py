@@ -1,0 +1,1 @@
+"""What runs the project somewhere: job submission, images and clusters."""

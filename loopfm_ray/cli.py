@@ -1,0 +1,265 @@
+"""The `loopfm` command: parse, load a config, call one job, print one summary."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from loopfm_ray import __version__, log
+from loopfm_ray.config import dump_yaml, load_config
+from loopfm_ray.errors import ConfigError, LoopFMError
+from loopfm_ray.experiments import PipelineConfig
+
+__all__ = ["app", "main"]
+
+_LOGGER = logging.getLogger(__name__)
+_DEFAULT_CONFIG = "complete_journey"
+_REDIRECTED = Console(stderr=True)
+
+app = typer.Typer(
+    name="loopfm",
+    help="Give the knowledge of one large recommendation model to many small ones.\n\n"
+    "Start with [bold]loopfm demo[/bold]: it trains a foundation model, logs its embeddings, trains small models with "
+    "and without them, serves one and writes a report.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CONFIG]",
+        help="A YAML file, or the name of one that comes with the package: complete_journey (default), "
+        "online_retail, synthetic.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one value of the config, such as seeds=[0,1,2] or data=my_log.yaml. May be repeated.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Do every stage again, also those that are up to date.")
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
+SeedOption = Annotated[int | None, typer.Option(help="The seed; the config's first if not given.")]
+
+
+def main() -> None:
+    """Run the command; a user's mistake prints one message and no traceback."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        _fail(error, 2)
+    except LoopFMError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _REDIRECTED.print("stopped; the same command goes on where it stopped", style="yellow")
+        sys.exit(130)
+
+
+def _fail(error: LoopFMError, code: int) -> None:
+    _LOGGER.debug("the command failed", exc_info=error)
+    _REDIRECTED.print("error:", style="bold red", end=" ")
+    _REDIRECTED.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the whole loop: prepare, train-fm, materialize, join, audit, train-vm, evaluate, publish, parity, report."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.pipeline import run_pipeline
+
+    with _progress() as progress:
+        summary = run_pipeline(settings, fresh=fresh, progress=progress)
+    _show(summary, settings, as_json)
+
+
+def _stage_command(name: str, text: str) -> None:
+    def command(
+        config: ConfigArgument = None,
+        overrides: SetOption = None,
+        fresh: FreshOption = False,
+        as_json: JsonOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        settings = _load(config, overrides, verbose)
+        from loopfm_ray.jobs.pipeline import run_stages
+
+        with _progress() as progress:
+            result = run_stages(settings, name, fresh=fresh, progress=progress)
+        _print_result(result, as_json)
+
+    command.__doc__ = text
+    app.command(name)(command)
+
+
+for _name, _text in {
+    "prepare": "Read the log, check it, draw negatives and write training examples.",
+    "train-fm": "Train the foundation model and its bottleneck (after prepare).",
+    "materialize": "Embed and score every event later than the FM, once (after train-fm).",
+    "join": "Give each request the history that was visible to it (after materialize).",
+    "audit": "Prove by recomputation that the joined set has no leak; exit 1 if it has.",
+    "train-vm": "Train the vertical models (after join).",
+    "evaluate": "Measure all models on the test window (after train-vm).",
+    "publish": "Copy the histories into the online store and switch to them.",
+    "parity": "Replay test requests through the served path; exit 1 if a score differs.",
+    "report": "Write summary.json and the HTML page from the run's records.",
+}.items():
+    _stage_command(_name, _text)
+
+
+@app.command()
+def serve(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    port: Annotated[int, typer.Option(help="Port on loopback.", min=1, max=65535)] = 8000,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve the run's VM with its published histories over HTTP until Ctrl-C."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.scoring import serve_forever
+
+    serve_forever(
+        settings, port, lambda url: typer.echo(f"scoring at {url}/v1/score, docs at {url}/docs")
+    )
+
+
+@app.command()
+def config(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+) -> None:
+    """Print the resolved config with every key; save it and edit it."""
+    typer.echo(dump_yaml(_load(config, overrides, verbose=False)), nl=False)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check this machine: packages, cores, memory, shared memory, disk, Ray settings; each line says what to do."""
+    from loopfm_ray.jobs.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.is_ok else "look"
+            typer.echo(
+                f"{mark}  {finding.name}: {finding.found}"
+                + (f"; {finding.advice}" if finding.advice else "")
+            )
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def _load(config: str | None, overrides: list[str] | None, verbose: bool) -> PipelineConfig:
+    log.setup("INFO" if verbose else "WARNING")
+    return load_config(PipelineConfig, find_config(config or _DEFAULT_CONFIG), overrides or ())
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config: a file, or the name of one that comes with the package.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    here = Path(__file__).parent
+    for folder in (here / "_configs", here.parent / "configs"):
+        candidate = folder / "pipeline" / f"{name}.yaml"
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(
+        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, online_retail, synthetic"
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function that shows stages as bars on a terminal, and as one line each elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(stage: str, _done: int, _total: int) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                console.print(f"{stage} ...", highlight=False)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=max(total, 1))
+
+        yield update
+
+
+def _show(summary: dict[str, Any], settings: PipelineConfig, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from loopfm_ray.report.table import write_table
+
+    write_table(summary, sys.stdout)
+    scored = summary["scored_request"]
+    typer.echo(f"scored request: {json.dumps(scored['request'])}")
+    typer.echo(f"        answer: {json.dumps(scored['response'])}")
+    typer.echo(f"summary: {settings.paths.summary}")
+    typer.echo(f"report: {settings.paths.report}")
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key}: {value if isinstance(value, str | int | float) else json.dumps(value)}")
+
+
+if __name__ == "__main__":
+    main()

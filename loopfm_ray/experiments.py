@@ -1,0 +1,257 @@
+"""The whole config tree of a pipeline run, and where each part of a run lies on disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from loopfm_ray.config import Config
+from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
+from loopfm_ray.errors import ConfigError
+from loopfm_ray.models.bottleneck import BottleneckConfig
+from loopfm_ray.models.foundation import FmConfig
+from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.train.loop import LoopConfig
+from loopfm_ray.train.optim import OptimConfig
+from loopfm_ray.types import MICROS_PER_S
+
+__all__ = [
+    "AuditConfig",
+    "FmStageConfig",
+    "HistoryStageConfig",
+    "LearningConfig",
+    "OnlineConfig",
+    "PipelineConfig",
+    "RayConfig",
+    "RunPaths",
+    "VmStageConfig",
+    "default_vms",
+]
+
+MODEL_FM = "fm"
+
+
+class RayConfig(Config):
+    """Where the Ray programs run."""
+
+    address: str | None = None
+    """Address of a running cluster, such as `auto`; none starts a local one on loopback."""
+    num_cpus: PositiveInt = 8
+    """Logical CPUs of a local cluster. Ray's data and training programs wait for ever on fewer than about six,
+    so this is not the number of cores."""
+    object_store_bytes: NonNegativeInt = 600 * 1024 * 1024
+    """Size of a local cluster's object store; 0 lets Ray choose 30 % of the memory."""
+    parallel_tasks: PositiveInt = 2
+    """Tasks and single-worker trainings that run side by side; on one machine, its number of cores."""
+
+
+class LearningConfig(Config):
+    """How a model is trained."""
+
+    epochs: PositiveInt = 1
+    """Passes over the training window; click models overfit when they see a row again."""
+    batch_rows: PositiveInt = 512
+    """Rows of a step, over all workers together."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    window_rows: PositiveInt = 262_144
+    """Rows in memory at a time; inside such a stretch of time requests are shuffled."""
+    evals_per_epoch: PositiveInt = 4
+    """How often in an epoch the validation NE is measured."""
+    patience: PositiveInt | None = None
+    """Measurements without a better validation NE before training stops and the best weights return; none never stops."""
+    checkpoint_steps: PositiveInt = 500
+    """Steps between checkpoints."""
+    num_workers: PositiveInt = 1
+    """Data-parallel training processes."""
+    use_gpu: bool = False
+    """Whether each worker gets a GPU."""
+
+    def loop(self, steps_per_epoch: int) -> LoopConfig:
+        """Return the settings of the training loop for epochs of so many steps."""
+        return LoopConfig(
+            batch_rows=self.batch_rows,
+            epochs=self.epochs,
+            optim=self.optim,
+            log_every=max(1, min(100, steps_per_epoch // 4)),
+            eval_every=max(1, -(-steps_per_epoch // self.evals_per_epoch)),
+            checkpoint_every=self.checkpoint_steps,
+            patience=self.patience,
+        )
+
+
+class FmStageConfig(Config):
+    """The foundation model: what it is, how it learns, and what is kept of it."""
+
+    model: FmConfig = FmConfig()
+    learning: LearningConfig = LearningConfig(batch_rows=2048, num_workers=2)
+    bottleneck: BottleneckConfig = BottleneckConfig()
+    embedding_layer: str = "hidden_0"
+    """The FM layer whose activation is the FM embedding."""
+    bits: Annotated[int, Field(ge=2, le=16)] = 4
+    """Bits of each number of a stored latent: 2, 4, 8 or 16."""
+    bottleneck_rows: PositiveInt = 200_000
+    """The newest rows of the FM's training window, on whose embeddings the bottleneck is fitted."""
+
+
+class HistoryStageConfig(Config):
+    """What a history is."""
+
+    max_len: PositiveInt = 100
+    """The newest so many visible events."""
+    retention_s: PositiveFloat | None = None
+    """Older events are left out; none keeps all."""
+    delay_s: NonNegativeFloat = 0.0
+    """Seconds from an event to when its latent can be read."""
+
+    @property
+    def retention_us(self) -> int | None:
+        """The retention in microseconds."""
+        return None if self.retention_s is None else round(self.retention_s * MICROS_PER_S)
+
+    @property
+    def delay_us(self) -> int:
+        """The delay in microseconds."""
+        return round(self.delay_s * MICROS_PER_S)
+
+
+class VmStageConfig(Config):
+    """One vertical model: what it is, how it learns and what it learns from."""
+
+    model: VmConfig = VmConfig()
+    learning: LearningConfig = LearningConfig(epochs=2)
+    kd_weight: NonNegativeFloat = 0.0
+    """Weight of the cross entropy against the FM's prediction, beside that against the label; 0 is no distillation."""
+
+
+class OnlineConfig(Config):
+    """What is published for serving, and which VM is served."""
+
+    model: str = "vm_kd_loopfm"
+    """The VM whose bundle the demo serves."""
+    max_events_per_user: PositiveInt | None = None
+    """Newest events kept for a user; none keeps all within the retention."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the scoring service on loopback while the demo scores one request; 0 takes a free one."""
+    parity_requests: PositiveInt = 200
+    """Test requests that are replayed through the service and compared with offline scores."""
+    parity_tolerance: PositiveFloat = 1e-5
+    """Largest difference of a probability that still counts as equal."""
+
+
+class AuditConfig(Config):
+    """How much of the joined set is proved free of leaks."""
+
+    sample: PositiveInt | None = 20_000
+    """Requests that are recomputed; none checks all."""
+
+
+def default_vms() -> dict[str, VmStageConfig]:
+    """Return the four forms of one VM, and the one with its own raw history as the honest rival."""
+    latent = VmConfig(history=HistoryInputConfig(kind="latent"))
+    raw = VmConfig(history=HistoryInputConfig(kind="raw"))
+    return {
+        "vm": VmStageConfig(),
+        "vm_kd": VmStageConfig(kd_weight=1.0),
+        "vm_loopfm": VmStageConfig(model=latent),
+        "vm_kd_loopfm": VmStageConfig(model=latent, kd_weight=1.0),
+        "vm_raw": VmStageConfig(model=raw),
+    }
+
+
+class PipelineConfig(Config):
+    """One run of the whole loop: events in, FM, histories, VMs with and without them, a served score, a report."""
+
+    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
+    """Name of the run's folder."""
+    run_dir: str = "runs"
+    """Folder of all runs."""
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), min_length=1)
+    """Everything that is trained is trained once for each seed; figures are means over them."""
+    data: DataConfig = CompleteJourneyConfig()
+    fm: FmStageConfig = FmStageConfig()
+    history: HistoryStageConfig = HistoryStageConfig()
+    vms: dict[str, VmStageConfig] = Field(default_factory=default_vms, min_length=1)
+    """The vertical models by name."""
+    baseline: str = "vm"
+    """The VM that gains and transfer ratios are measured from."""
+    kd: str = "vm_kd"
+    """The VM with distillation alone, which LoopFM has to beat."""
+    online: OnlineConfig = OnlineConfig()
+    audit: AuditConfig = AuditConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        named = {"baseline": self.baseline, "kd": self.kd, "online.model": self.online.model}
+        for key, name in named.items():
+            if name not in self.vms:
+                raise ConfigError(f"{key} is {name!r}, which is not among vms {sorted(self.vms)}")
+        if MODEL_FM in self.vms:
+            raise ConfigError(f"a vertical model can not be called {MODEL_FM!r}: that is the FM")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"seeds must differ, found {list(self.seeds)}")
+        if self.vms[self.online.model].model.history.kind in ("raw", "both"):
+            raise ConfigError(
+                f"online.model {self.online.model!r} reads a raw history, and the online store holds latents only;"
+                " serve a VM whose history is `latent` or `none`"
+            )
+        return self
+
+    @property
+    def paths(self) -> "RunPaths":
+        """Where the parts of this run lie."""
+        return RunPaths(Path(self.run_dir) / self.name)
+
+    @property
+    def latent_vms(self) -> Mapping[str, VmStageConfig]:
+        """The VMs that read the FM's latents."""
+        return {
+            name: stage
+            for name, stage in self.vms.items()
+            if stage.model.history.kind in ("latent", "both")
+        }
+
+
+class RunPaths:
+    """Where the parts of one run lie, all under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.summary = root / "summary.json"
+        self.report = root / "report.html"
+        self.prepared = root / "prepared"
+        self.online = root / "online"
+        self.bundle = root / "bundle"
+        self.records = root / "records"
+        self.work = root / "work"
+
+    def seed(self, seed: int) -> Path:
+        """Folder of what depends on a seed."""
+        return self.root / f"seed={seed}"
+
+    def fm(self, seed: int) -> Path:
+        """The FM snapshot."""
+        return self.seed(seed) / "fm"
+
+    def latents(self, seed: int) -> Path:
+        """The offline history store."""
+        return self.seed(seed) / "latents"
+
+    def joined(self, seed: int) -> Path:
+        """What the VMs train on."""
+        return self.seed(seed) / "joined"
+
+    def vm(self, seed: int, name: str) -> Path:
+        """The bundle of one VM."""
+        return self.seed(seed) / "vm" / name

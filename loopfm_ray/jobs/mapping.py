@@ -1,0 +1,115 @@
+"""Apply a plain function to many tasks on the cluster: the Ray form of the core's `Mapper`."""
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayTaskError
+
+from loopfm_ray.errors import JobError, LoopFMError
+
+__all__ = ["Progress", "RayMapper", "silent", "unwrap", "watch"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the steps done and the steps in all."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@contextmanager
+def watch(metrics_file: Path, stage: str, progress: Progress) -> Iterator[None]:
+    """Report the last step in a training's metrics file as progress, once a second, inside the block."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(1.0):
+            if metrics_file.is_file():
+                *_, last = metrics_file.read_text(encoding="utf-8").splitlines() or [""]
+                if last.endswith("}"):
+                    point = json.loads(last)
+                    progress(stage, point["step"], point["total"])
+
+    thread = threading.Thread(target=follow, daemon=True)
+    progress(stage, 0, 1)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    progress(stage, 1, 1)
+
+
+@dataclass(frozen=True)
+class RayMapper:
+    """Runs one Ray task for each task of the core, a bounded number at a time, and yields results in order.
+
+    The tasks it is given must be safe to repeat: Ray runs one again when its worker dies.
+    """
+
+    parallel_tasks: int
+    stage: str = ""
+    progress: Progress = silent
+    num_cpus: float = 1.0
+    max_retries: int = 3
+
+    def __call__(self, function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
+        """Yield `function(task)` for each of `tasks`, in order.
+
+        Raises:
+            LoopFMError: the one that `function` raised.
+            JobError: a worker died more often than `max_retries`, or raised something else.
+        """
+        remote: Any = ray.remote(num_cpus=self.num_cpus, max_retries=self.max_retries)(function)
+        running: deque[Any] = deque()  # Any: Ray's references carry no type here
+        waiting = iter(tasks)
+        for done in range(len(tasks)):
+            while len(running) < self.parallel_tasks:
+                task = next(waiting, None)
+                if task is None:
+                    break
+                running.append(remote.remote(task))
+            self.progress(self.stage, done, len(tasks))
+            yield self._get(running.popleft())
+        self.progress(self.stage, len(tasks), len(tasks))
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except Exception as error:  # the edge to Ray: every failure becomes one of ours
+            raise unwrap(error, self.stage) from error
+
+
+def unwrap(error: BaseException, stage: str) -> LoopFMError:
+    """Return the error that stopped a Ray program, as one of this package's."""
+    seen: list[BaseException] = [error]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, LoopFMError) and not isinstance(current, RayTaskError):
+            return current
+        seen += [cause for cause in _causes(current) if isinstance(cause, BaseException)]
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return JobError(
+        f"stage {stage!r} failed on the cluster: {first_line}; the log of the worker in Ray's session folder has more,"
+        " and running the same command again goes on where it stopped"
+    )
+
+
+def _causes(error: BaseException) -> list[object]:
+    causes: list[object] = [getattr(error, "cause", None), error.__cause__]
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict):
+        causes += failures.values()
+    causes += [getattr(error, "training_failed_error", None), getattr(error, "_failure", None)]
+    return causes

@@ -1,0 +1,111 @@
+"""Serve the VM of a run: for a parity check and one scored request, or until stopped."""
+
+import json
+import signal
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.errors import JobError, StoreError
+from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.jobs import serving
+from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.stages import Context, splits_of
+from loopfm_ray.serving.contract import ScoreQuery
+from loopfm_ray.serving.parity import check_parity, load_offline
+from loopfm_ray.serving.predictor import load_predictor
+
+__all__ = ["run_parity", "serve_forever"]
+
+_TIMEOUT_S = 30.0
+
+
+def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
+    """Return how the run's VM is served on loopback.
+
+    Raises:
+        StoreError: nothing was published yet.
+    """
+    if not config.paths.bundle.is_dir() or not config.paths.online.is_dir():
+        raise StoreError(
+            f"{config.paths.root} has no bundle and no histories; run `loopfm publish` first"
+        )
+    return serving.ServeConfig(
+        bundle=str(config.paths.bundle.absolute()),
+        online=str(config.paths.online.absolute()),
+        port=port,
+        log_level="WARNING",
+    )
+
+
+@contextmanager
+def serving_run(config: PipelineConfig, port: int) -> Iterator[str]:
+    """Serve the run's VM on the connected cluster inside the block; gives the URL."""
+    settings = serve_config(config, port)
+    load_predictor(
+        settings.bundle, settings.online
+    )  # what can not be loaded is said here, not by a dying replica
+    try:
+        yield serving.start(settings)
+    finally:
+        serving.stop()
+
+
+def run_parity(context: Context) -> dict[str, Any]:
+    """Replay test requests through the service over HTTP, compare with offline scores, and score one request.
+
+    Raises:
+        JobError: a served score differs from the offline one.
+    """
+    config = context.config
+    context.progress("parity", 0, 2)
+    settings = serve_config(config, 0)
+    predictor = load_predictor(settings.bundle, settings.online)
+    offline = load_offline(
+        predictor.bundle,
+        PreparedData.open(config.paths.prepared),
+        config.paths.joined(config.seeds[0]),
+        splits_of(config).test,
+        config.online.parity_requests,
+    )
+    with serving_run(config, config.online.port) as url:
+        context.progress("parity", 1, 2)
+        report = check_parity(predictor, offline, tolerance=config.online.parity_tolerance, url=url)
+        scored = _score_one(url, offline.replays[-1].query)
+    context.progress("parity", 2, 2)
+    if not report.is_ok:
+        shown = "\n  ".join(report.mismatches)
+        raise JobError(
+            f"parity: {report.num_mismatches} of {report.num_rows} served scores differ by more than"
+            f" {report.tolerance} from the offline score of the same row, the most by {report.max_abs_diff}:\n  {shown}\n"
+            "publish the latents version that the bundle pins, and check that offline and serving run the same code"
+        )
+    return {**asdict(report), "scored_request": scored}
+
+
+def _score_one(url: str, query: ScoreQuery) -> dict[str, Any]:
+    body = {
+        "user": query.user,
+        "request_ts": query.request_ts,
+        "context": dict(query.context),
+        "items": list(query.items)[:5],
+    }
+    request = urllib.request.Request(  # our own loopback address
+        f"{url}/v1/score", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        return {"request": body, "response": json.loads(answer.read())}
+
+
+def serve_forever(config: PipelineConfig, port: int, announce: Callable[[str], None]) -> None:
+    """Serve the run's VM on loopback until the process is told to stop."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with connect(config.ray), serving_run(config, port) as url:
+        announce(url)
+        stop.wait()

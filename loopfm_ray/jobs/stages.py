@@ -1,0 +1,366 @@
+"""The stages of a run: each reads versions, writes versions, and does nothing when what it would write is there already.
+
+Up to date means: made by the same code, from the same settings and the same input versions.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loopfm_ray.config import config_hash
+from loopfm_ray.data.prepare import prepare
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.data.schema import Side
+from loopfm_ray.data.split import Splits
+from loopfm_ray.errors import JobError, StoreError
+from loopfm_ray.experiments import MODEL_FM, PipelineConfig
+from loopfm_ray.history.audit import AuditReport, audit
+from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.jobs.evaluate import (
+    EvaluationRecord,
+    evaluate_fm,
+    evaluate_vm,
+    read_record,
+    write_record,
+)
+from loopfm_ray.jobs.mapping import Progress, RayMapper
+from loopfm_ray.jobs.materialize import materialize
+from loopfm_ray.jobs.train_fm import FmSettings, train_fm
+from loopfm_ray.jobs.train_vm import VmJob, train_vms
+from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
+from loopfm_ray.store.manifest import MANIFEST, Manifest, code_version, read_manifest
+from loopfm_ray.store.publish import publish
+from loopfm_ray.train.trained import load_trained_vm
+from loopfm_ray.types import TimeRange
+
+__all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of", "vm_fields"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage gets."""
+
+    config: PipelineConfig
+    progress: Progress
+    fresh: bool = False
+
+    def mapper(self, stage: str) -> RayMapper:
+        """Return a mapper over the cluster that reports as `stage`."""
+        return RayMapper(self.config.ray.parallel_tasks, stage, self.progress)
+
+
+def splits_of(config: PipelineConfig) -> Splits:
+    """Return the windows of the prepared data of a run."""
+    return config.data.split.ranges(*PreparedData.open(config.paths.prepared).log_range)
+
+
+def vm_fields(config: PipelineConfig, data: PreparedData) -> tuple[str, ...]:
+    """Return the fields a VM may read: those the config names, else all but the user's id and the past."""
+    if config.data.vm_fields is not None:
+        return config.data.vm_fields
+    return tuple(
+        field.name
+        for field in data.schema.fields
+        if field.side != Side.PAST and field.name != Side.USER.value
+    )
+
+
+def _current(path: Path, settings_hash: str, inputs: dict[str, str]) -> Manifest | None:
+    """Return the version at `path` if it is what would be written again, else None."""
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(path)
+    same = manifest.config_hash == settings_hash and manifest.code_version == code_version()
+    return manifest if same and manifest.inputs == inputs else None
+
+
+def _needed(path: Path, stage: str) -> Manifest:
+    try:
+        return read_manifest(path)
+    except StoreError as error:
+        raise StoreError(
+            f"{path} is not there; run `loopfm {stage}` with the same config first"
+        ) from error
+
+
+def run_prepare(context: Context) -> dict[str, Any]:
+    """Write the prepared version."""
+    config, path = context.config, context.config.paths.prepared
+    manifest = None if context.fresh else _current(path, config_hash(config.data), {})
+    if manifest is None:
+        context.progress("prepare", 0, 1)
+        manifest = prepare(config.data, path, mapper=context.mapper("prepare"), replace_other=True)
+    return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
+
+
+def run_train_fm(context: Context) -> dict[str, Any]:
+    """Write an FM snapshot for each seed."""
+    config, result = context.config, {}
+    prepared = _needed(config.paths.prepared, "prepare")
+    splits = splits_of(config)
+    for seed in config.seeds:
+        path = config.paths.fm(seed)
+        settings = config_hash(config.fm, asdict(splits), config.data.past.max_len, seed)
+        inputs = {"prepared": prepared.version}
+        if context.fresh or _current(path, settings, inputs) is None:
+            work = config.paths.work / f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
+            _clear(work, context.fresh)
+            train_fm(
+                config.paths.prepared,
+                path,
+                work,
+                FmSettings(config.fm, splits, config.data.past.max_len, seed, settings),
+                context.progress,
+            )
+            _keep_curves(work, config.paths.seed(seed) / "curves" / f"{MODEL_FM}.jsonl")
+        result[f"seed={seed}"] = read_manifest(path).meta["snapshot_id"]
+    return result
+
+
+def run_materialize(context: Context) -> dict[str, Any]:
+    """Write the latents version of each seed."""
+    config, result = context.config, {}
+    for seed in config.seeds:
+        _needed(config.paths.fm(seed), "train-fm")
+        if context.fresh:
+            shutil.rmtree(config.paths.latents(seed), ignore_errors=True)
+        manifest = materialize(
+            config.paths.prepared,
+            config.paths.fm(seed),
+            config.paths.latents(seed),
+            delay_us=config.history.delay_us,
+            num_workers=config.ray.parallel_tasks,
+            progress=context.progress,
+        )
+        result[f"seed={seed}"] = {"version": manifest.version, "rows": manifest.num_rows}
+    return result
+
+
+def run_join(context: Context) -> dict[str, Any]:
+    """Write the joined version of each seed."""
+    config, result = context.config, {}
+    splits = splits_of(config)
+    window = TimeRange(splits.vm.start_ts, splits.test.stop_ts)
+    settings = JoinSettings(config.history.max_len, config.history.retention_us)
+    for seed in config.seeds:
+        latents = _needed(config.paths.latents(seed), "materialize")
+        prepared = read_manifest(config.paths.prepared)
+        inputs = {"prepared": prepared.version, "latents": latents.version}
+        hashed = config_hash(
+            settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
+        )
+        manifest = None if context.fresh else _current(config.paths.joined(seed), hashed, inputs)
+        if manifest is None:
+            manifest = write_joined(
+                config.paths.prepared.absolute(),
+                str(config.paths.latents(seed).absolute()),
+                config.paths.joined(seed).absolute(),
+                window,
+                settings,
+                mapper=context.mapper("join"),
+                replace_other=True,
+            )
+        shown = ("coverage", "mean_length", "staleness_s")
+        result[f"seed={seed}"] = {name: manifest.meta[name] for name in shown}
+    return result
+
+
+def run_audit(context: Context) -> dict[str, Any]:
+    """Recompute a sample of the joined version of the first seed; stop the run if it leaks."""
+    config = context.config
+    seed = config.seeds[0]
+    _needed(config.paths.joined(seed), "join")
+    context.progress("audit", 0, 1)
+    report = _audit(config, seed)
+    context.progress("audit", 1, 1)
+    report.raise_if_leaking()
+    return {
+        "num_checked": report.num_checked,
+        "num_leaks": report.num_leaks,
+        "margin_s": report.margin_s,
+    }
+
+
+def _audit(config: PipelineConfig, seed: int) -> AuditReport:
+    return audit(
+        config.paths.joined(seed),
+        str(config.paths.latents(seed)),
+        sample=config.audit.sample,
+        seed=seed,
+    )
+
+
+def vm_jobs(config: PipelineConfig) -> list[VmJob]:
+    """Return the training of every VM under every seed."""
+    data = PreparedData.open(config.paths.prepared)
+    splits, fields = splits_of(config), vm_fields(config, data)
+    jobs = []
+    for seed in config.seeds:
+        joined = _needed(config.paths.joined(seed), "join")
+        for name, stage in config.vms.items():
+            settings = config_hash(stage, asdict(splits), fields, config.data.past.max_len, seed)
+            inputs = {"prepared": data.manifest.version, "joined": joined.version}
+            key = config_hash(settings, inputs, code_version())
+            jobs.append(
+                VmJob(
+                    name=name,
+                    prepared=config.paths.prepared.absolute(),
+                    joined=config.paths.joined(seed).absolute(),
+                    out_dir=config.paths.vm(seed, name).absolute(),
+                    work_dir=(config.paths.work / f"{name}-{seed}-{key}").absolute(),
+                    config=stage,
+                    splits=splits,
+                    fields=fields,
+                    raw_max_len=config.data.past.max_len,
+                    seed=seed,
+                    config_hash=settings,
+                )
+            )
+    return jobs
+
+
+def _vm_inputs(job: VmJob) -> dict[str, str]:
+    return {
+        "prepared": read_manifest(job.prepared).version,
+        "joined": read_manifest(job.joined).version,
+    }
+
+
+def run_train_vm(context: Context) -> dict[str, Any]:
+    """Train every VM under every seed, several side by side."""
+    config = context.config
+    jobs = vm_jobs(config)
+    todo = [
+        job
+        for job in jobs
+        if context.fresh or _current(job.out_dir, job.config_hash, _vm_inputs(job)) is None
+    ]
+    # the slow ones first, so that the last one does not run alone for long
+    todo.sort(key=lambda job: job.config.model.history.kind == "none")
+    for job in todo:
+        _clear(job.work_dir, context.fresh)
+    train_vms(todo, config.ray.parallel_tasks, context.progress)
+    for job in todo:
+        _keep_curves(job.work_dir, config.paths.seed(job.seed) / "curves" / f"{job.name}.jsonl")
+    return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
+
+
+def evaluation_path(config: PipelineConfig, seed: int, name: str) -> Path:
+    """Return where the record of one model is kept."""
+    return config.paths.seed(seed) / "evaluation" / f"{name}.json"
+
+
+def run_evaluate(context: Context) -> dict[str, Any]:
+    """Measure all models on the test window."""
+    config = context.config
+    splits = splits_of(config)
+    todo: list[tuple[Path, str, Callable[[], EvaluationRecord]]] = []
+    for seed in config.seeds:
+        snapshot, joined = config.paths.fm(seed).absolute(), config.paths.joined(seed).absolute()
+        key = config_hash(_needed(snapshot, "train-fm").version, _needed(joined, "join").version)
+
+        def measure_fm(
+            snapshot: Path = snapshot, joined: Path = joined, seed: int = seed
+        ) -> EvaluationRecord:
+            return evaluate_fm(snapshot, joined, splits.vm_valid, splits.test, seed)
+
+        todo.append((evaluation_path(config, seed, MODEL_FM), key, measure_fm))
+    for job in vm_jobs(config):
+        key = config_hash(_needed(job.out_dir, "train-vm").version)
+        path = evaluation_path(config, job.seed, job.name)
+        todo.append((path, key, lambda job=job: evaluate_vm(job)))  # type: ignore[misc]
+    todo = [item for item in todo if context.fresh or not _is_measured(item[0], item[1])]
+    measured = context.mapper("evaluate")(_measure, [(key, call) for _, key, call in todo])
+    for (path, _, _), record in zip(todo, measured, strict=True):
+        write_record(record, path)
+    return {
+        f"seed={seed} {name}": _read(evaluation_path(config, seed, name)).test
+        for seed in config.seeds
+        for name in (MODEL_FM, *config.vms)
+    }
+
+
+def _measure(task: tuple[str, Callable[[], EvaluationRecord]]) -> EvaluationRecord:
+    key, call = task
+    return EvaluationRecord(**{**asdict(call()), "inputs_hash": key})
+
+
+def _is_measured(path: Path, key: str) -> bool:
+    record = read_record(path)
+    return record is not None and record.inputs_hash == key
+
+
+def _read(path: Path) -> EvaluationRecord:
+    record = read_record(path)
+    if record is None:
+        raise StoreError(f"{path} is not there; run `loopfm evaluate` with the same config first")
+    return record
+
+
+def run_publish(context: Context) -> dict[str, Any]:
+    """Export the served VM's bundle and publish its histories."""
+    config = context.config
+    seed = config.seeds[0]
+    context.progress("publish", 0, 2)
+    bundle = export_bundle(config)
+    context.progress("publish", 1, 2)
+    users = PreparedData.open(config.paths.prepared).users.keys
+    live = publish(
+        str(config.paths.latents(seed)),
+        users,
+        config.paths.online,
+        config.online.max_events_per_user,
+    )
+    context.progress("publish", 2, 2)
+    return {"bundle": bundle.version, "histories": live}
+
+
+def export_bundle(config: PipelineConfig) -> Manifest:
+    """Write the bundle of the VM that is served, from the first seed."""
+    seed, name = config.seeds[0], config.online.model
+    data = PreparedData.open(config.paths.prepared)
+    trained_manifest = _needed(config.paths.vm(seed, name), "train-vm")
+    trained = load_trained_vm(config.paths.vm(seed, name))
+    joined = read_manifest(config.paths.joined(seed))
+    names = {field.name for field in trained.schema.fields}
+    spec = BundleSpec(
+        name=name,
+        vm=trained.config,
+        schema=trained.schema,
+        calibration=trained.calibration,
+        history=HistoryPin.of_joined(joined) if trained.latent_dim is not None else None,
+        derive=tuple(item for item in config.data.derive if item in names),
+        sequence_len=config.data.sequence_len,
+    )
+    inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
+    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
+
+
+def _clear(work: Path, fresh: bool) -> None:
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _keep_curves(work: Path, path: Path) -> None:
+    """Move the learning curves to where the report finds them and drop the checkpoints."""
+    source = work / "metrics.jsonl"
+    if not source.is_file():
+        raise JobError(f"the training wrote no {source}; look at the log of its workers")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    shutil.rmtree(work)
+
+
+STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "prepare": run_prepare,
+    "train-fm": run_train_fm,
+    "materialize": run_materialize,
+    "join": run_join,
+    "audit": run_audit,
+    "train-vm": run_train_vm,
+    "evaluate": run_evaluate,
+    "publish": run_publish,
+}
+"""The stages in the order in which they depend on each other; parity and report follow (jobs/pipeline.py)."""

@@ -1,0 +1,262 @@
+"""Train the FM with Ray Train, its rows streamed in time order by Ray Data; then fit the bottleneck and write the snapshot.
+
+Each worker reads a Ray Data set of its own, whose files and order the driver fixed, so the same seed gives the same rows in
+the same order however Ray schedules, and a resumed run sees exactly the rows that the undisturbed one would have seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import ray.train
+import torch
+from ray.train import DataConfig
+from ray.train.torch import TorchTrainer
+
+from loopfm_ray.data.collate import Collator, RawHistorySource
+from loopfm_ray.data.examples import Rows, iterate_rows, rows_of
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.data.schema import Kind, Side
+from loopfm_ray.data.split import Splits
+from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
+from loopfm_ray.experiments import FmStageConfig
+from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
+from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
+from loopfm_ray.models.bottleneck import (
+    Bottleneck,
+    build_bottleneck,
+    calibrate,
+    channel_report,
+    fit_bottleneck,
+)
+from loopfm_ray.models.foundation import FoundationModel, build_fm
+from loopfm_ray.train.embed import embedding_chunks
+from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
+from loopfm_ray.types import TimeRange
+
+__all__ = ["FmJob", "FmSettings", "train_fm"]
+
+_HELD_OUT_SHARE = 8  # every eighth chunk of embeddings measures the channel
+
+
+@dataclass(frozen=True)
+class FmSettings:
+    """What shapes one FM training."""
+
+    config: FmStageConfig
+    splits: Splits
+    raw_max_len: int
+    seed: int
+    config_hash: str
+    """Of all that is above."""
+
+
+@dataclass(frozen=True)
+class FmJob:
+    """One FM training, as its workers get it."""
+
+    prepared: Path
+    out_dir: Path
+    metrics_file: Path
+    settings: FmSettings
+    buckets: tuple[tuple[int, ...], ...]
+    plan: StepPlan
+
+    @property
+    def config(self) -> FmStageConfig:
+        """The model and how it learns."""
+        return self.settings.config
+
+    @property
+    def splits(self) -> Splits:
+        """The windows in time."""
+        return self.settings.splits
+
+
+def train_fm(
+    prepared: Path,
+    out_dir: Path,
+    work_dir: Path,
+    settings: FmSettings,
+    progress: Progress = silent,
+) -> None:
+    """Train the FM on the FM window and write its snapshot at `out_dir`; a killed run goes on from its checkpoint.
+
+    Raises:
+        LoopFMError: what a worker raised.
+        JobError: the workers failed otherwise.
+    """
+    data, config, splits = PreparedData.open(prepared), settings.config, settings.splits
+    counts = count_known(data.examples.files(splits.fm_train), splits.fm_train, splits.fm.stop_ts)
+    sizes = [counts.get(bucket, 0) for bucket in range(data.num_buckets)]
+    shares = assign_buckets(sizes, config.learning.num_workers)
+    plan = plan_steps(
+        [sum(sizes[bucket] for bucket in share) for share in shares], config.learning.batch_rows
+    )
+    work_dir.mkdir(parents=True, exist_ok=True)
+    job = FmJob(
+        prepared=prepared.absolute(),
+        out_dir=out_dir.absolute(),
+        metrics_file=(work_dir / "metrics.jsonl").absolute(),
+        settings=settings,
+        buckets=tuple(tuple(share) for share in shares),
+        plan=plan,
+    )
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=scaling_config(config.learning),
+        run_config=run_config(work_dir, "train"),
+        datasets={_name(rank): _dataset(data, job, rank) for rank in range(len(shares))},
+        dataset_config=DataConfig(
+            datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
+        ),
+    )
+    try:
+        with watch(job.metrics_file, f"train-fm seed {settings.seed}", progress):
+            trainer.fit()
+    except Exception as error:
+        raise unwrap(error, "train-fm") from error
+
+
+def _name(rank: int) -> str:
+    return f"rank_{rank}"
+
+
+def _columns(collate: Collator) -> list[str]:
+    return list(dict.fromkeys([*collate.columns, "example_id", "label_ts", "user"]))
+
+
+def _dataset(data: PreparedData, job: FmJob, rank: int) -> Any:  # Any: Ray ships no types
+    collate = _collator(data, job, rank)
+    files = data.examples.files(job.splits.fm_train, job.buckets[rank])
+    num_blocks = max(2, min(len(files), 1 + job.plan.num_rows[rank] // 65_536))
+    return ray.data.read_parquet(
+        [str(file.path) for file in files],
+        columns=_columns(collate),
+        override_num_blocks=num_blocks,
+    )
+
+
+def _collator(data: PreparedData, job: FmJob, rank: int) -> Collator:
+    schema = data.schema_as_of(job.splits.fm.stop_ts)
+    sources = {}
+    if job.config.model.has_history:
+        events = {bucket: data.events(bucket) for bucket in job.buckets[rank]}
+        sources["raw"] = RawHistorySource(events, data.items, _item_fields(data), job.settings.raw_max_len)
+    return Collator(schema, data.items, data.users, sources)
+
+
+def _item_fields(data: PreparedData) -> tuple[str, ...]:
+    return tuple(field.name for field in data.schema.of(Kind.CATEGORICAL, Side.ITEM))
+
+
+def _worker(config: dict[str, Any]) -> None:
+    job: FmJob = config["job"]
+    worker = Worker.current()
+    data = PreparedData.open(job.prepared)
+    collate = _collator(data, job, worker.rank)
+    files = data.examples.files(job.splits.fm, job.buckets[worker.rank])
+    torch.manual_seed(job.settings.seed)
+    item_fields = _item_fields(data) if job.config.model.has_history else ()
+    schema = data.schema_as_of(job.splits.fm.stop_ts)
+    model = build_fm(job.config.model, schema, item_fields)
+    task = Task(
+        model=model,
+        learning=job.config.learning,
+        plan=job.plan,
+        blocks=lambda _: keep_known(
+            _blocks(worker.rank), job.splits.fm_train, job.splits.fm.stop_ts
+        ),
+        collate=collate,
+        validate=lambda: score_rows(model, collate, files, job.splits.fm_valid),
+        seed=job.settings.seed,
+        metrics_file=job.metrics_file,
+    )
+    report = train(task, worker)
+    if worker.is_first:
+        record = {"rows_per_s": report.rows_per_s * worker.world_size, "train_s": report.seconds}
+        _write_snapshot(job, data, model, collate, item_fields, record)
+    # a run without a final checkpoint counts as unfinished, and the others wait for the first here
+    ray.train.report({"done": 1})
+
+
+def _blocks(rank: int) -> Iterator[Rows]:
+    shard = ray.train.get_dataset_shard(_name(rank))
+    for table in shard.iter_batches(batch_size=65_536, batch_format="pyarrow", prefetch_batches=1):
+        yield rows_of(table)
+
+
+def _write_snapshot(
+    job: FmJob,
+    data: PreparedData,
+    model: FoundationModel,
+    collate: Collator,
+    item_fields: tuple[str, ...],
+    record: dict[str, Any],
+) -> None:
+    bottleneck, embedding = _fit_bottleneck(job, data, model, collate)
+    spec = calibrate(bottleneck, embedding, job.config.bits)
+    channel = channel_report(bottleneck, embedding, spec)
+    record["channel"] = asdict(channel)
+    record["num_parameters"] = sum(value.numel() for value in model.parameters())
+    snapshot = Snapshot(
+        model,
+        bottleneck,
+        SnapshotSpec(
+            trained_until_ts=job.splits.fm.stop_ts - 1,
+            schema=data.schema_as_of(job.splits.fm.stop_ts),
+            item_fields=item_fields,
+            max_len=job.settings.raw_max_len,
+            fm=job.config.model,
+            bottleneck=job.config.bottleneck,
+            embedding_layer=job.config.embedding_layer,
+            code_spec=spec,
+        ),
+    )
+    save_snapshot(
+        snapshot,
+        job.out_dir,
+        settings_hash=job.settings.config_hash,
+        inputs={"prepared": data.manifest.version},
+        record=record,
+        num_rows=sum(job.plan.num_rows),
+    )
+
+
+def _fit_bottleneck(
+    job: FmJob, data: PreparedData, model: FoundationModel, collate: Collator
+) -> tuple[Bottleneck, torch.Tensor]:
+    """Fit on the newest history events of the FM's window; return the bottleneck and embeddings that it did not see."""
+    window = job.splits.fm
+    start_ts = _newest_start(data, job)
+    batches = (
+        collate({name: values[rows["is_event"]] for name, values in rows.items()})
+        for rows in iterate_rows(
+            data.examples.files(window, job.buckets[0]),
+            TimeRange(start_ts, window.stop_ts),
+            columns=[*_columns(collate), "is_event"],
+            batch_rows=2048,
+        )
+        if rows["is_event"].any()
+    )
+    chunks = list(embedding_chunks(model, job.config.embedding_layer, batches))
+    held_out = chunks[::_HELD_OUT_SHARE]
+    fitted = [chunk for index, chunk in enumerate(chunks) if index % _HELD_OUT_SHARE] or chunks
+    bottleneck = build_bottleneck(
+        job.config.bottleneck, model.layer_dim(job.config.embedding_layer)
+    )
+    settings = job.config.bottleneck
+    fit_bottleneck(bottleneck, fitted, init_rows=settings.init_rows, lr=settings.lr)
+    bottleneck.eval()
+    return bottleneck, torch.cat([chunk.embedding for chunk in held_out])
+
+
+def _newest_start(data: PreparedData, job: FmJob) -> int:
+    """Return from when on the first worker's window holds about `bottleneck_rows` rows."""
+    window = job.splits.fm
+    num_rows = data.examples.num_rows(window, job.buckets[0])
+    share = min(1.0, job.config.bottleneck_rows / max(num_rows, 1))
+    return window.stop_ts - max(1, round((window.stop_ts - window.start_ts) * share))

@@ -1,0 +1,212 @@
+"""What the FM's and the VMs' training programs have in common: workers, data, checkpoints, progress.
+
+The rows of a bucket belong to one worker. All workers take the same number of steps, and the loss of a step is divided by the
+rows of all of them, so that uneven workers train exactly as one would with all rows.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from torch import nn
+
+from loopfm_ray import log
+from loopfm_ray.data.collate import Batch, Collator
+from loopfm_ray.data.examples import ExampleFile, Rows, iterate_rows
+from loopfm_ray.data.windows import StepPlan, rechunk, shuffle_windows
+from loopfm_ray.experiments import LearningConfig
+from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
+from loopfm_ray.train.loop import Evaluation, FitReport, Hooks, Progress, fit, progress_records
+from loopfm_ray.train.optim import build_optimizer
+from loopfm_ray.train.state import TrainState, load_state, save_state
+from loopfm_ray.train.step import Workers, make_objective
+from loopfm_ray.types import TimeRange
+
+__all__ = [
+    "BlockSource",
+    "Task",
+    "Worker",
+    "file_blocks",
+    "gather_predictions",
+    "run_config",
+    "scaling_config",
+    "score_rows",
+    "train",
+]
+
+_STATE = "state"
+_BLOCK_ROWS = 65_536
+_EVAL_ROWS = 4096
+
+BlockSource = Callable[[int], Iterator[Rows]]
+"""Epoch -> the rows of this worker in time order."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that train one model."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def current(cls) -> "Worker":
+        """Return the worker that Ray Train runs this in; sets it up for one thread."""
+        log.setup("WARNING")
+        torch.set_num_threads(1)
+        context = ray.train.get_context()
+        return cls(context.get_world_rank(), context.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes what there is one of."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model to train in a worker."""
+
+    model: nn.Module
+    learning: LearningConfig
+    plan: StepPlan
+    blocks: BlockSource
+    collate: Collator
+    validate: Callable[[], Predictions]
+    seed: int
+    metrics_file: Path
+    kd_weight: float = 0.0
+
+
+def scaling_config(learning: LearningConfig) -> ScalingConfig:
+    """Return the workers that a training asks for."""
+    resources = {"CPU": 1.0, **({"GPU": 1.0} if learning.use_gpu else {})}
+    return ScalingConfig(
+        num_workers=learning.num_workers, use_gpu=learning.use_gpu, resources_per_worker=resources
+    )
+
+
+def run_config(work_dir: Path, name: str) -> RunConfig:
+    """Return where a training keeps its checkpoints; one of the same name in the same folder goes on from there."""
+    return RunConfig(
+        name=name,
+        storage_path=str(work_dir.absolute()),
+        failure_config=FailureConfig(max_failures=2),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+    )
+
+
+def file_blocks(
+    files: Sequence[ExampleFile], time_range: TimeRange, columns: Sequence[str]
+) -> Iterator[Rows]:
+    """Yield the rows of `files` in time order, in blocks."""
+    return iterate_rows(
+        files, time_range, columns=columns, window_rows=_BLOCK_ROWS, batch_rows=_BLOCK_ROWS
+    )
+
+
+def train(task: Task, worker: Worker) -> FitReport:
+    """Train the model of `task` in this worker, going on from the last checkpoint if there is one."""
+    wrapped = ray.train.torch.prepare_model(task.model) if worker.world_size > 1 else task.model
+    loop = task.learning.loop(task.plan.num_steps)
+    state = TrainState(task.model, build_optimizer(loop.optim, task.model))
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            load_state(state, Path(folder) / _STATE)
+    recorder = _Recorder(task, worker)
+    global_rows = iter(
+        np.tile(task.plan.global_sizes(), task.learning.epochs)[state.counters.step :]
+    )
+    workers = Workers(worker.world_size, lambda _: float(next(global_rows)))
+    objective = make_objective(wrapped, kd_weight=task.kd_weight, workers=workers)
+    batches = islice(_batches(task, worker), state.counters.step, None)
+    hooks = Hooks(
+        on_progress=recorder.progress,
+        on_checkpoint=recorder.checkpoint,
+        evaluate=lambda: _valid_metrics(task),
+        on_evaluation=recorder.evaluation,
+    )
+    total_steps = task.plan.num_steps * task.learning.epochs
+    return fit(state, (task.collate(rows) for rows in batches), objective, loop, total_steps, hooks)
+
+
+def _valid_metrics(task: Task) -> dict[str, float]:
+    metrics = binary_metrics(gather_predictions(task.validate()))
+    return {name: metrics[name] for name in ("ne", "auc", "logloss")}
+
+
+def gather_predictions(own: Predictions) -> Predictions:
+    """Return the predictions of all workers; every worker has to call it."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return own
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (own.logit, own.label, own.user))
+    logit, label, user = (np.concatenate(column) for column in zip(*everyone, strict=True))
+    return Predictions(logit, label, user)
+
+
+def score_rows(
+    model: nn.Module, collate: Collator, files: Sequence[ExampleFile], time_range: TimeRange
+) -> Predictions:
+    """Score all rows of `files` in a time range with an FM or a VM."""
+    columns = list(dict.fromkeys([*collate.columns, "user"]))
+
+    def batches() -> Iterator[tuple[Any, Batch]]:
+        for rows in iterate_rows(files, time_range, columns=columns, batch_rows=_EVAL_ROWS):
+            yield rows["user"], collate(rows)
+
+    return predict(model, batches())
+
+
+def _batches(task: Task, worker: Worker) -> Iterator[Rows]:
+    for epoch in range(task.learning.epochs):
+        windows = shuffle_windows(task.blocks(epoch), task.learning.window_rows, (task.seed, epoch))
+        yield from rechunk(windows, task.plan.sizes(worker.rank).tolist())
+
+
+class _Recorder:
+    """Writes curves and checkpoints, in the first worker; the others only take part."""
+
+    def __init__(self, task: Task, worker: Worker) -> None:
+        self._path, self._worker = task.metrics_file, worker
+        self._total = task.plan.num_steps * task.learning.epochs
+
+    def progress(self, progress: Progress) -> None:
+        self._write(progress_records(progress))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._write(
+            [(evaluation.step, "valid", name, value) for name, value in evaluation.metrics.items()]
+        )
+
+    def checkpoint(self, state: TrainState) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self._worker.is_first:
+                save_state(state, Path(folder) / _STATE)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": state.counters.step}, checkpoint=checkpoint)
+
+    def _write(self, records: Sequence[tuple[int, str, str, float]]) -> None:
+        if not self._worker.is_first:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            for step, split, name, value in records:
+                record = {
+                    "step": step,
+                    "split": split,
+                    "name": name,
+                    "value": value,
+                    "total": self._total,
+                }
+                stream.write(json.dumps(record) + "\n")

@@ -1,0 +1,101 @@
+"""The summary of a run as a table for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from loopfm_ray.report.summary import Summary, read_summary
+from loopfm_ray.report.words import (
+    format_count,
+    format_number,
+    format_seconds,
+    format_share,
+    format_small,
+    headline,
+    model_order,
+    pretty_name,
+)
+
+__all__ = ["write_table"]
+
+_PLAIN_WIDTH = 140
+_SERVED = "vm_kd_loopfm"
+
+
+def write_table(summary: Mapping[str, Any], stream: TextIO) -> None:
+    """Write headline, models and checks of `summary` to `stream`: in colour on a terminal, plain text elsewhere.
+
+    Raises:
+        DataError: a demanded key of the summary is missing or a value has the wrong type.
+    """
+    record = read_summary(summary)
+    is_terminal = stream.isatty()
+    console = Console(
+        file=stream,
+        force_terminal=is_terminal,
+        no_color=None if is_terminal else True,
+        width=None if is_terminal else _PLAIN_WIDTH,
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
+    console.print(_layout(record, is_terminal=is_terminal))
+
+
+def _layout(summary: Summary, *, is_terminal: bool) -> RenderableType:
+    parts: list[RenderableType] = [
+        Text(_clean(f"{summary.name}: {headline(summary)}."), style="bold"),
+        Text(""),
+        _models(summary, is_terminal=is_terminal),
+    ]
+    checks = _checks(summary)
+    if checks:
+        parts += [Text(""), *(Text(line) for line in checks)]
+    return Group(*parts)
+
+
+def _models(summary: Summary, *, is_terminal: bool) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    table.add_column("model", no_wrap=True)
+    for name in ("NE", "AUC", "gAUC", "calibration", "transfer ratio", "parameters", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key in model_order(list(summary.models)):
+        model = summary.models[key]
+        values = (
+            _clean(pretty_name(key)),
+            format_number(model.test.ne),
+            format_number(model.test.auc),
+            format_number(model.test.gauc),
+            format_number(model.test.calibration, 3),
+            format_share(summary.transfer_ratio.get(key)),
+            format_count(model.num_parameters),
+            format_seconds(model.seconds),
+        )
+        table.add_row(*(Text(value) for value in values), style="bold" if key == _SERVED else "")
+    return table
+
+
+def _checks(summary: Summary) -> list[str]:
+    lines = []
+    if summary.transfer_ratio:
+        lines.append(_clean(f"transfer ratio: {summary.transfer_ratio_kind or 'baseline VM'}"))
+    if summary.audit is not None:
+        leaks, checked = summary.audit.num_leaks, summary.audit.num_checked
+        lines.append(f"audit: {format_count(leaks)} leaks in {format_count(checked)} rows")
+    if summary.parity is not None:
+        largest = format_small(summary.parity.max_abs_diff)
+        lines.append(f"parity: served and offline scores differ by at most {largest}")
+    if summary.history is not None and summary.history.coverage is not None:
+        lines.append(f"history: {format_share(summary.history.coverage)} of the requests have one")
+    return lines
+
+
+def _clean(text: str) -> str:
+    """Return `text` without control characters, which a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,0 +1,215 @@
+"""The HTTP face of a predictor: a FastAPI application that knows nothing of Ray.
+
+Every error is a problem+json body (RFC 9457) that names the fields at fault and never repeats what the caller sent as a
+value. Scoring runs on the event loop: it is a few milliseconds of work on one thread, and a hop to a thread pool costs
+more than it gives; a replica is one process.
+"""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from loopfm_ray.serving.contract import (
+    MAX_BODY_BYTES,
+    Problem,
+    RequestError,
+    ScoreQuery,
+    ScoreRequest,
+    ScoreResponse,
+)
+
+__all__ = ["Scorer", "create_api", "now_ts"]
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RETRY_AFTER_S = "1"
+
+
+class Scorer(Protocol):
+    """What the application needs of a predictor."""
+
+    def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
+        """Score one query."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the body of `GET /v1/model`."""
+        # Any: JSON for people and monitors, described in docs/.
+
+
+def now_ts() -> int:
+    """Return the time now in microseconds UTC; the only clock of the service, read at its edge."""
+    return time.time_ns() // 1000
+
+
+def create_api(predictor: Scorer | None = None, clock: Callable[[], int] = now_ts) -> FastAPI:
+    """Build the application.
+
+    Args:
+        predictor: what scores; None makes a service that is alive but not ready. `app.state.predictor` sets it later.
+        clock: microseconds UTC for requests that carry no time.
+    """
+    app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
+    app.state.predictor = predictor
+    app.state.clock = clock
+    app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
+    app.add_api_route("/readyz", _readyz, methods=["GET"], summary="A model is loaded")
+    app.add_api_route("/v1/model", _model, methods=["GET"], summary="Versions, fields, limits")
+    app.add_api_route(
+        "/v1/score",
+        _score,
+        methods=["POST"],
+        summary="Calibrated probabilities of the items",
+        response_model=ScoreResponse,
+        responses={code: {"model": Problem} for code in (400, 413, 415, 422, 503)},
+        openapi_extra={"requestBody": {"required": True, "content": _content(ScoreRequest)}},
+    )
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    return app
+
+
+async def _healthz() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+async def _readyz(request: Request) -> Response:
+    if request.app.state.predictor is None:
+        return _not_ready(request)
+    return JSONResponse({"status": "ready"})
+
+
+async def _model(request: Request) -> Response:
+    predictor: Scorer | None = request.app.state.predictor
+    return _not_ready(request) if predictor is None else JSONResponse(predictor.describe())
+
+
+async def _score(request: Request) -> Response:
+    predictor: Scorer | None = request.app.state.predictor
+    if predictor is None:
+        return _not_ready(request)
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0]
+    if content_type.strip().lower() != "application/json":
+        return _problem(request, 415, "send application/json")
+    body = await _read_body(request)
+    if body is None:
+        return _problem(request, 413, f"the body is over {MAX_BODY_BYTES} bytes; send fewer items")
+    try:
+        score_request = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        return _invalid(request, error)
+    request_id = _request_id(request)
+    try:
+        answer = predictor.respond(score_request.to_query(request.app.state.clock()), request_id)
+    except RequestError as error:
+        return _problem(request, 422, str(error))
+    headers = {"x-request-id": request_id}
+    return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+
+async def _read_body(request: Request) -> bytes | None:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return None
+    return bytes(body)
+
+
+def _invalid(request: Request, error: ValidationError) -> Response:
+    """Return one error entry for each field; a union reports every type it tried, that is one field here."""
+    found: dict[str, list[str]] = {}
+    is_json = True
+    for item in error.errors(include_input=False, include_url=False, include_context=False):
+        is_json = is_json and item["type"] != "json_invalid"
+        found.setdefault(_field(item["loc"]), []).append(
+            item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        )
+    errors = [
+        {"field": name, "message": " or ".join(dict.fromkeys(messages))}
+        for name, messages in sorted(found.items())
+    ]
+    if not is_json:
+        return _problem(request, 400, "the body is not JSON", errors)
+    return _problem(request, 422, "the request does not fit the contract; see errors", errors)
+
+
+def _field(loc: Sequence[int | str]) -> str:
+    depth = 2 if loc and loc[0] in ("context", "items") else 1
+    text = ".".join(str(part) for part in loc[:depth]) or "(body)"
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _not_ready(request: Request) -> Response:
+    response = _problem(request, 503, "no model is loaded yet; try again soon")
+    response.headers["retry-after"] = _RETRY_AFTER_S
+    return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    detail = str(error.detail) if isinstance(error, HTTPException) else "see the log"
+    response = _problem(request, status, detail)
+    if isinstance(error, HTTPException):
+        response.headers.update(error.headers or {})
+    return response
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    request_id = _request_id(request)
+    logger.error("request %s failed: %s", request_id, type(error).__name__, exc_info=error)
+    return _problem(request, 500, "the service failed; the log has the request id")
+
+
+def _problem(
+    request: Request, status: int, detail: str, errors: Sequence[dict[str, str]] = ()
+) -> Response:
+    request_id = _request_id(request)
+    problem = Problem(
+        title=_TITLES.get(status, "Error"),
+        status=status,
+        detail=detail,
+        errors=list(errors),
+        request_id=request_id,
+    )
+    return Response(
+        problem.model_dump_json(),
+        status_code=status,
+        media_type="application/problem+json",
+        headers={"x-request-id": request_id},
+    )
+
+
+_TITLES = {
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
+def _request_id(request: Request) -> str:
+    """Return the caller's `x-request-id` when it is short and plain, else a new one; the same for one request."""
+    known: str | None = getattr(request.state, "request_id", None)
+    if known is None:
+        given = request.headers.get("x-request-id", "")
+        known = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request.state.request_id = known
+    return known
+
+
+def _content(model: type[BaseModel]) -> dict[str, Any]:
+    # Any: a JSON schema is whatever pydantic makes of the type.
+    return {"application/json": {"schema": model.model_json_schema()}}

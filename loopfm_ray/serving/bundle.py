@@ -1,0 +1,317 @@
+"""The bundle: all that serving loads for one VM, as one dataset version with checksums and no code in it.
+
+`model.safetensors` (weights), `bundle.json` (what they mean and which history they were trained with), `vocab/*.parquet`,
+`items.parquet` and `users.parquet` (row i = id i). A bundle pins the version of the latents its VM was trained with;
+`serving/predictor.py` refuses an online store of another version.
+
+Vocabularies are cut to the ids that the VM knows. Only the items and users whose own fields the VM reads are kept whole:
+one that came after training has no embedding of its own, yet its price and category count, offline and online alike.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from loopfm_ray.config import config_hash
+from loopfm_ray.data.prepared import EntityTable, PreparedData, read_entities
+from loopfm_ray.data.schema import FeatureSchema, Kind, Side
+from loopfm_ray.data.vocabulary import Vocabulary
+from loopfm_ray.errors import BundleError, ConfigError, LoopFMError
+from loopfm_ray.metrics.calibration import PlattScaling
+from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
+from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+
+__all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle"]
+
+FORMAT_VERSION = 1
+_SPEC, _WEIGHTS = "bundle.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class HistoryPin:
+    """The history a VM was trained with; the online store has to hold the same."""
+
+    latents_version: str
+    snapshot_id: str
+    code_spec: CodeSpec
+    max_len: int
+    retention_us: int | None = None
+
+    @classmethod
+    def of_joined(cls, manifest: Manifest) -> "HistoryPin":
+        """Return the pin of the joined version that a VM was trained on."""
+        meta = manifest.meta
+        return cls(
+            latents_version=meta["latents_version"],
+            snapshot_id=meta["snapshot_id"],
+            code_spec=CodeSpec.from_tree(meta["code_spec"]),
+            max_len=int(meta["max_len"]),
+            retention_us=meta["retention_us"],
+        )
+
+
+@dataclass(frozen=True)
+class BundleSpec:
+    """What a VM is, beside its weights.
+
+    `derive` names the context fields that are computed from the request time, `sequence_len` is how many of the last keys
+    of a sequence field count; `history` is None for a VM that reads none.
+    """
+
+    name: str
+    vm: VmConfig
+    schema: FeatureSchema
+    calibration: PlattScaling = field(default_factory=PlattScaling)
+    history: HistoryPin | None = None
+    derive: tuple[str, ...] = ()
+    sequence_len: int = 50
+
+    def __post_init__(self) -> None:
+        kind = self.vm.history.kind
+        if kind not in ("none", "latent"):
+            raise BundleError(
+                f"VM {self.name!r} reads a {kind!r} history, which the online store does not hold; serve a VM"
+                " with history.kind latent or none"
+            )
+        if (kind == "latent") != (self.history is not None):
+            raise BundleError(
+                f"VM {self.name!r} has history.kind {kind!r} and a history pin {self.history is not None};"
+                " give the pin of the joined set exactly when the VM reads latents"
+            )
+        context = {item.name for item in self.schema.of(Kind.CATEGORICAL, Side.CONTEXT)}
+        wrong = sorted(set(self.derive) - context)
+        if wrong:
+            raise BundleError(
+                f"derived fields {wrong} are no categorical context fields of the VM, which has {sorted(context)}"
+            )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; `version` names its content."""
+
+    spec: BundleSpec
+    version: str
+    model: VerticalModel
+    vocabularies: dict[str, Vocabulary]
+    items: EntityTable
+    users: EntityTable
+
+
+def save_bundle(
+    path: Path,
+    spec: BundleSpec,
+    model: VerticalModel,
+    prepared: PreparedData,
+    inputs: Mapping[str, str],
+) -> Manifest:
+    """Write a bundle as one version at `path`, replacing another one there.
+
+    Args:
+        path: final directory.
+        spec: what the VM is.
+        model: trained weights; has to fit `spec`.
+        prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
+        inputs: versions of what the VM was made from, by name.
+
+    Raises:
+        BundleError: the weights do not fit `spec`.
+    """
+    _check_weights(spec, model.state_dict())
+    tree = spec_tree(spec)
+    with stage(path) as staged:
+        weights = {
+            name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+        }
+        save_file(weights, staged / _WEIGHTS)
+        (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n", "utf-8")
+        (staged / "vocab").mkdir()
+        for name, size in _vocabulary_sizes(spec.schema).items():
+            vocabulary = prepared.vocabulary(name)
+            cut = slice(0, len(vocabulary) if size is None else size - 1)
+            Vocabulary(vocabulary.keys[cut], vocabulary.first_ts[cut]).write(
+                staged / "vocab" / f"{name}.parquet"
+            )
+        for side in _table_sides(spec.schema):
+            table = prepared.items if side == Side.ITEM else prepared.users
+            _write_table(staged / f"{side.value}s.parquet", table, spec.schema, side)
+        return commit(
+            staged,
+            kind="bundle",
+            config_hash=config_hash(spec.vm, tree),
+            inputs=dict(inputs),
+            meta={"name": spec.name},
+            num_rows=0,
+            replace_other=True,
+        )
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Load a bundle after checking every file against its checksum.
+
+    Raises:
+        BundleError: it is missing, damaged, of another format, or its parts do not fit together.
+    """
+    path = Path(path)
+    try:
+        verify(path)
+        manifest = read_manifest(path)
+        if manifest.kind != "bundle":
+            raise BundleError(
+                f"{path} is a dataset version of kind {manifest.kind!r}, expected a bundle; give the folder that"
+                " holds bundle.json"
+            )
+        spec = read_spec(json.loads((path / _SPEC).read_text("utf-8")))
+        weights = load_file(path / _WEIGHTS)
+        sizes = _vocabulary_sizes(spec.schema)
+        vocabularies = {name: Vocabulary.read(path / "vocab" / f"{name}.parquet") for name in sizes}
+        items = _read_table(path, spec.schema, Side.ITEM, vocabularies)
+        users = _read_table(path, spec.schema, Side.USER, vocabularies)
+    except BundleError:
+        raise
+    except (
+        LoopFMError,
+        OSError,
+        ValueError,
+        KeyError,
+        SafetensorError,
+        pa.ArrowException,
+    ) as error:
+        raise BundleError(
+            f"bundle {path} can not be loaded: {error}; export it again from its training run"
+        ) from error
+    _check_sizes(path, vocabularies, sizes)
+    model = _check_weights(spec, weights)
+    model.eval()
+    return Bundle(spec, manifest.version, model, vocabularies, items, users)
+
+
+# Any: JSON trees.
+def spec_tree(spec: BundleSpec) -> dict[str, Any]:
+    """Return the content of `bundle.json`."""
+    pin = spec.history
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": spec.name,
+        "vm": spec.vm.model_dump(mode="json"),
+        "schema": json.loads(spec.schema.to_json()),
+        "calibration": {"slope": spec.calibration.slope, "bias": spec.calibration.bias},
+        "derive": list(spec.derive),
+        "sequence_len": spec.sequence_len,
+        "history": None
+        if pin is None
+        else {
+            "latents_version": pin.latents_version,
+            "snapshot_id": pin.snapshot_id,
+            "code_spec": pin.code_spec.to_tree(),
+            "max_len": pin.max_len,
+            "retention_us": pin.retention_us,
+        },
+    }
+
+
+def read_spec(tree: dict[str, Any]) -> BundleSpec:
+    """Read what `spec_tree` gave.
+
+    Raises:
+        BundleError: another format version.
+        KeyError, ValueError: the tree is no bundle.
+    """
+    if tree["format_version"] != FORMAT_VERSION:
+        raise BundleError(
+            f"bundle.json has format_version {tree['format_version']}, this code reads {FORMAT_VERSION}; export the"
+            " bundle again with this code"
+        )
+    pin = tree["history"]
+    history = pin and HistoryPin(
+        pin["latents_version"],
+        pin["snapshot_id"],
+        CodeSpec.from_tree(pin["code_spec"]),
+        int(pin["max_len"]),
+        pin["retention_us"],
+    )
+    return BundleSpec(
+        name=tree["name"],
+        vm=VmConfig.model_validate(tree["vm"]),
+        schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
+        calibration=PlattScaling(**tree["calibration"]),
+        history=history,
+        derive=tuple(tree["derive"]),
+        sequence_len=int(tree["sequence_len"]),
+    )
+
+
+def _vocabulary_sizes(schema: FeatureSchema) -> dict[str, int | None]:
+    """Return the vocabularies that serving looks keys up in, and the ids each is cut to; None keeps it whole.
+
+    Fields of the item and user tables hold ids already and are looked up by the id of the item or user.
+    """
+    own = {Side.ITEM.value, Side.USER.value}
+    sizes: dict[str, int | None] = {
+        item.name: item.cardinality
+        for item in (*schema.categorical, *schema.sequences)
+        if item.side not in own or item.name in own
+    }
+    return sizes | {side.value: None for side in _table_sides(schema)}
+
+
+def _table_sides(schema: FeatureSchema) -> list[Side]:
+    """Return the sides of which the VM reads more than the id."""
+    return [
+        side
+        for side in (Side.ITEM, Side.USER)
+        if any(item.side == side and item.name != side.value for item in schema.fields)
+    ]
+
+
+def _check_sizes(
+    path: Path, vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, int | None]
+) -> None:
+    for name, size in sizes.items():
+        if size is not None and len(vocabularies[name]) + 1 != size:
+            raise BundleError(
+                f"bundle {path}: field {name!r} has {len(vocabularies[name]) + 1} ids in its vocabulary and {size} in"
+                " the schema; export it again"
+            )
+
+
+def _check_weights(spec: BundleSpec, weights: Mapping[str, torch.Tensor]) -> VerticalModel:
+    """Return a model of `spec` with these weights."""
+    latent_dim = spec.history.code_spec.dim if spec.history else None
+    try:
+        model = build_vm(spec.vm, spec.schema, latent_dim=latent_dim)
+        model.load_state_dict(weights)
+    except (ConfigError, RuntimeError) as error:
+        raise BundleError(
+            f"weights of VM {spec.name!r} do not fit its config and schema: {error}; export the bundle from the run"
+            " that trained it"
+        ) from error
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise BundleError(f"weights {bad} of VM {spec.name!r} are not finite; train it again")
+    return model
+
+
+def _write_table(path: Path, table: EntityTable, schema: FeatureSchema, side: Side) -> None:
+    names = {item.name for item in schema.fields if item.side == side}
+    columns = {name: pa.array(values) for name, values in table.ids.items() if name in names}
+    columns |= {name: pa.array(values) for name, values in table.numeric.items() if name in names}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def _read_table(
+    folder: Path, schema: FeatureSchema, side: Side, vocabularies: Mapping[str, Vocabulary]
+) -> EntityTable:
+    keys = vocabularies[side.value].keys if side.value in vocabularies else []
+    if side not in _table_sides(schema):
+        return EntityTable({}, {}, ["", *keys])
+    return read_entities(folder / f"{side.value}s.parquet", keys, schema, side)

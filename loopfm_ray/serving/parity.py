@@ -1,0 +1,316 @@
+"""Show that a served score is the offline score of the same row.
+
+Requests of the joined set are put back together from their rows (one user, one time, the candidates), as a caller would
+send them: keys instead of ids, numbers instead of standardised ones, and no history. They are scored by a predictor, or
+over HTTP, and compared with the model on the joined rows themselves.
+"""
+
+import http.client
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopfm_ray.data.collate import Collator, HistorySource, LatentHistorySource
+from loopfm_ray.data.examples import ExampleSet, Rows, iterate_rows
+from loopfm_ray.data.prepared import PreparedData, read_history
+from loopfm_ray.data.schema import Kind, Side
+from loopfm_ray.errors import BundleError, DataError, JobError
+from loopfm_ray.serving.bundle import Bundle
+from loopfm_ray.serving.contract import MAX_ITEMS, ContextValue, ScoreQuery
+from loopfm_ray.serving.predictor import Predictor, score_probs
+from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.types import TimeRange
+
+__all__ = [
+    "OfflineRequests",
+    "ParityReport",
+    "Replay",
+    "ask_service",
+    "check_parity",
+    "load_offline",
+]
+
+_SHOWN = 20
+_UNKNOWN_KEY = "\x00unknown"
+"""Stands for an id that has no key inside a sequence."""
+_TIMEOUT_S = 30.0
+
+Probs = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far served scores are from offline scores.
+
+    `num_mismatches` counts rows above `tolerance`, `share` is their share, `mismatches` shows the first.
+    """
+
+    max_abs_diff: float
+    num_requests: int
+    num_rows: int
+    num_mismatches: int
+    share: float
+    tolerance: float
+    mismatches: tuple[str, ...] = ()
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether every row is within the tolerance."""
+        return self.num_mismatches == 0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One request made of joined rows; `rows` are their positions in `OfflineRequests.rows`."""
+
+    query: ScoreQuery
+    rows: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class OfflineRequests:
+    """Sampled requests and the offline probability of each of their rows."""
+
+    rows: Rows
+    probs: Probs
+    replays: tuple[Replay, ...]
+
+
+def check_parity(
+    predictor: Predictor,
+    offline: OfflineRequests,
+    *,
+    tolerance: float = 1e-5,
+    url: str | None = None,
+) -> ParityReport:
+    """Score the requests of `offline` and compare; over HTTP when `url` is given.
+
+    Raises:
+        BundleError: the service at `url` serves another version.
+        JobError: the service at `url` does not answer as it should.
+    """
+    queries = [replay.query for replay in offline.replays]
+    if url is None:
+        served: Iterator[Probs] = (scored.probs for scored in predictor.score_many(queries))
+    else:
+        served = ask_service(url, queries, predictor.bundle.version)
+    worst, num_bad = 0.0, 0
+    shown: list[str] = []
+    for replay, probs in zip(offline.replays, served, strict=True):
+        diff = np.abs(probs - offline.probs[replay.rows])
+        worst = max(worst, float(diff.max()))
+        bad = np.flatnonzero(~(diff <= tolerance))
+        num_bad += len(bad)
+        for index in bad[: _SHOWN - len(shown)]:
+            example = int(offline.rows["example_id"][replay.rows[index]])
+            shown.append(
+                f"example {example}: served {probs[index]:.8f},"
+                f" offline {offline.probs[replay.rows[index]]:.8f}"
+            )
+    num_rows = sum(len(replay.rows) for replay in offline.replays)
+    return ParityReport(
+        worst, len(queries), num_rows, num_bad, num_bad / num_rows, tolerance, tuple(shown)
+    )
+
+
+def load_offline(
+    bundle: Bundle,
+    prepared: PreparedData,
+    joined: Path,
+    time_range: TimeRange | None = None,
+    num_requests: int = 200,
+    seed: int = 0,
+) -> OfflineRequests:
+    """Sample requests of a joined version and score their rows offline.
+
+    Args:
+        bundle: whose model and calibration score; its tables and vocabularies are not used.
+        prepared: the prepared version that was joined.
+        joined: the joined version.
+        time_range: requests outside are left out; None takes all.
+        num_requests: how many are sampled, all if there are fewer.
+        seed: of the sample.
+
+    Raises:
+        BundleError: the joined version has another history than the bundle.
+        DataError: there are no requests in the range.
+    """
+    manifest = read_manifest(joined)
+    # requests lie in the periods of the prepared version they were joined from
+    periods = {name: prepared.manifest.meta[name] for name in ("period_origin_ts", "period_us")}
+    manifest = replace(manifest, meta={**manifest.meta, **periods})
+    examples = ExampleSet.from_manifest(joined, manifest, "requests")
+    sources = _sources(bundle, joined, prepared.num_buckets)
+    collator = Collator(bundle.spec.schema, prepared.items, prepared.users, sources)
+    columns = list(dict.fromkeys([*collator.columns, "example_id"]))
+    chosen = _sample(examples, time_range, num_requests, seed)
+    rows = _read_chosen(examples, time_range, columns, chosen)
+    probs = score_probs(bundle, collator(rows))
+    replays = tuple(_replays(bundle, prepared, rows))
+    return OfflineRequests(rows, probs, replays)
+
+
+def ask_service(url: str, queries: Sequence[ScoreQuery], version: str) -> Iterator[Probs]:
+    """Yield the scores that the service at `url` gives to each query.
+
+    Raises:
+        BundleError: it serves another version than `version`.
+        JobError: it does not answer with scores.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None:
+        raise JobError(f"the service's address must be http://host:port, found {url!r}")
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S)
+    try:
+        for query in queries:
+            answer = _post(connection, url, query)
+            found = answer["model"]["version"]
+            if found != version:
+                raise BundleError(
+                    f"{url} serves bundle {found}, expected {version}; deploy that bundle, or check"
+                    " the one that is served"
+                )
+            yield np.asarray(answer["scores"], dtype=np.float64)
+    finally:
+        connection.close()
+
+
+# Any: the JSON of a ScoreResponse.
+def _post(connection: http.client.HTTPConnection, url: str, query: ScoreQuery) -> dict[str, Any]:
+    body = {
+        "user": query.user,
+        "request_ts": query.request_ts,
+        "items": list(query.items),
+        "context": query.context,
+    }
+    try:
+        connection.request(
+            "POST", "/v1/score", json.dumps(body), {"content-type": "application/json"}
+        )
+        response = connection.getresponse()
+        text = response.read().decode()
+    except (OSError, http.client.HTTPException) as error:
+        raise JobError(
+            f"no answer from {url}: {error}; start the service, or correct the address"
+        ) from error
+    if response.status != 200:
+        raise JobError(f"{url} answered {response.status}: {text[:500]}; see its log")
+    answer: dict[str, Any] = json.loads(text)
+    return answer
+
+
+def _sources(bundle: Bundle, joined: Path, num_buckets: int) -> dict[str, HistorySource]:
+    pin = bundle.spec.history
+    if pin is None:
+        return {}
+    found = read_manifest(joined).meta["latents_version"]
+    if found != pin.latents_version:
+        raise BundleError(
+            f"{joined} was joined with latents {found}, the bundle was trained with {pin.latents_version}; give the"
+            " joined version of the bundle's run"
+        )
+    paths = {n: joined / "history" / f"bucket={n:03d}.arrow" for n in range(num_buckets)}
+    tables = {bucket: read_history(path) for bucket, path in paths.items() if path.exists()}
+    return {"latent": LatentHistorySource(tables, pin.code_spec, pin.max_len)}
+
+
+def _sample(
+    examples: ExampleSet, time_range: TimeRange | None, num_requests: int, seed: int
+) -> NDArray[np.int64]:
+    """Return [n, 2] sampled pairs of user and request time, sorted."""
+    keys = [
+        np.stack([rows["user"].astype(np.int64), rows["event_ts"]], axis=1)
+        for rows in iterate_rows(
+            examples.files(time_range), time_range, columns=["user", "event_ts"], batch_rows=65_536
+        )
+    ]
+    if not keys:
+        raise DataError("no requests to replay in the time range; check data.split")
+    pairs = np.unique(np.concatenate(keys), axis=0)
+    size = min(num_requests, len(pairs))
+    index = np.random.default_rng(seed).choice(len(pairs), size, replace=False)
+    return np.asarray(pairs[np.sort(index)])
+
+
+def _read_chosen(
+    examples: ExampleSet,
+    time_range: TimeRange | None,
+    columns: Sequence[str],
+    chosen: NDArray[np.int64],
+) -> Rows:
+    wanted = {(int(user), int(ts)) for user, ts in chosen}
+    parts: list[Rows] = []
+    for rows in iterate_rows(
+        examples.files(time_range), time_range, columns=columns, batch_rows=65_536
+    ):
+        pairs = zip(rows["user"].tolist(), rows["event_ts"].tolist(), strict=True)
+        keep = np.fromiter((pair in wanted for pair in pairs), bool, len(rows["user"]))
+        if keep.any():
+            parts.append({name: values[keep] for name, values in rows.items()})
+    return {name: _stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stack(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    if arrays[0].ndim == 1:
+        return np.concatenate(arrays)
+    width = max(array.shape[1] for array in arrays)
+    padded = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
+    return np.concatenate(padded)
+
+
+def _replays(bundle: Bundle, prepared: PreparedData, rows: Rows) -> Iterator[Replay]:
+    """Put requests together: rows of one user, time and context, at most `MAX_ITEMS` each."""
+    schema, derived = bundle.spec.schema, set(bundle.spec.derive)
+    shared = [
+        field.name
+        for field in (*schema.of(Kind.CATEGORICAL, Side.CONTEXT), *schema.sequences)
+        if field.name not in derived
+    ]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    columns = [rows[name].tolist() for name in ("user", "event_ts", *shared)]
+    for index, values in enumerate(zip(*columns, strict=True)):
+        key = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        groups.setdefault(key, []).append(index)
+    for members in groups.values():
+        for part in _chunks(members):
+            places = np.asarray(part, dtype=np.intp)
+            yield Replay(_query(bundle, prepared, rows, places), places)
+
+
+def _chunks(members: list[int]) -> Iterator[list[int]]:
+    for begin in range(0, len(members), MAX_ITEMS):
+        yield members[begin : begin + MAX_ITEMS]
+
+
+def _query(
+    bundle: Bundle, prepared: PreparedData, rows: Rows, index: NDArray[np.intp]
+) -> ScoreQuery:
+    """Return what a caller would have sent for these rows of one request."""
+    first = index[0]
+    context: dict[str, ContextValue] = {}
+    for field in bundle.spec.schema.fields:
+        if field.side not in (Side.CONTEXT, Side.PAST) or field.name in bundle.spec.derive:
+            continue
+        values = rows[field.name]
+        if field.kind == Kind.NUMERIC:
+            numbers = values[index].astype(np.float64) * field.std + field.mean
+            context[field.name] = [float(number) for number in numbers]
+        elif field.kind == Kind.SEQUENCE:
+            keys = ["", *prepared.vocabulary(field.name).keys]
+            ids = np.trim_zeros(values[first], "b").tolist()
+            context[field.name] = [keys[value] if value else _UNKNOWN_KEY for value in ids]
+        elif values[first]:
+            context[field.name] = prepared.vocabulary(field.name).keys[int(values[first]) - 1]
+    items = prepared.items.keys
+    return ScoreQuery(
+        user=prepared.users.keys[int(rows["user"][first])],
+        request_ts=int(rows["event_ts"][first]),
+        items=tuple(items[int(item)] for item in rows["item"][index]),
+        context=context,
+    )

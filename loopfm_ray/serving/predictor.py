@@ -1,0 +1,277 @@
+"""One bundle and one online store: from a checked query to calibrated probabilities."""
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loopfm_ray.data.collate import Batch
+from loopfm_ray.data.schema import Field, Kind, Side
+from loopfm_ray.errors import BundleError, StoreError
+from loopfm_ray.metrics.binary import sigmoid
+from loopfm_ray.serving.bundle import Bundle, HistoryPin, load_bundle
+from loopfm_ray.serving.contract import (
+    MAX_BODY_BYTES,
+    MAX_CONTEXT_FIELDS,
+    MAX_ITEMS,
+    MAX_KEY_CHARS,
+    FeatureInfo,
+    ModelInfo,
+    RequestError,
+    ScoreQuery,
+    ScoreResponse,
+)
+from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_history
+from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.online import OnlineStore, UserHistory
+from loopfm_ray.store.publish import open_current
+
+__all__ = ["Counters", "Predictor", "Scored", "check_store", "load_predictor", "score_probs"]
+
+logger = logging.getLogger(__name__)
+
+STORE_FAILED = "store_failed"
+"""Reason of a history that is missing because the store did not answer in time, or wrongly."""
+
+
+@dataclass
+class Counters:
+    """What a predictor met since it was made."""
+
+    requests: int = 0
+    rows: int = 0
+    refused: int = 0
+    unknown_items: int = 0
+    unknown_users: int = 0
+    unknown_values: int = 0
+    default_values: int = 0
+    history_misses: int = 0
+    store_failures: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answer to one query: [B] probabilities in the order of its items, and what they were made from."""
+
+    probs: NDArray[np.float64]
+    features: RequestFeatures
+    history: HistoryRead | None
+
+    @property
+    def is_unknown_user(self) -> bool:
+        """Whether the VM, or the store, does not know the user."""
+        is_missing = self.history is not None and self.history.reason == "not_in_store"
+        return self.features.is_unknown_user or is_missing
+
+
+class Predictor:
+    """Scores queries with one bundle. Threads may share it."""
+
+    def __init__(self, bundle: Bundle, store: OnlineStore | None = None) -> None:
+        """Take a loaded bundle and, for a VM that reads a history, the store of that very version.
+
+        Raises:
+            BundleError: the store is missing or holds another version.
+        """
+        check_store(bundle, store)
+        self.bundle = bundle
+        self._store = store
+        self._builder = FeatureBuilder(bundle)
+        self._lock = threading.Lock()
+        self.counters = Counters()
+
+    def score(self, query: ScoreQuery) -> Scored:
+        """Return the probabilities of one query.
+
+        Raises:
+            RequestError: the context does not fit the model.
+        """
+        try:
+            features = self._builder.build(query)
+            batch, read = features.batch, None
+            pin = self.bundle.spec.history
+            if pin is not None:
+                read = self._read_history(query, pin)
+                batch = self._builder.with_history(features, read)
+            probs = score_probs(self.bundle, batch)
+            if not np.isfinite(probs).all():
+                raise RequestError("the context gives no finite score; check its numbers")
+        except RequestError:
+            with self._lock:
+                self.counters.refused += 1
+            raise
+        scored = Scored(probs, features, read)
+        self._count(scored)
+        return scored
+
+    def score_many(self, queries: Iterable[ScoreQuery]) -> Iterator[Scored]:
+        """Yield the answer to each query, in order; for replays."""
+        return map(self.score, queries)
+
+    def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
+        """Return the answer to one query as it goes over the wire.
+
+        Raises:
+            RequestError: the context does not fit the model.
+        """
+        scored = self.score(query)
+        features, read, pin = scored.features, scored.history, self.bundle.spec.history
+        reason = read.reason if read else None
+        return ScoreResponse(
+            scores=scored.probs.tolist(),
+            model=ModelInfo(name=self.bundle.spec.name, version=self.bundle.version),
+            features=FeatureInfo(
+                version=pin.latents_version if pin else None,
+                snapshot_id=pin.snapshot_id if pin else None,
+                age_s=read.age_s if read else None,
+                history_len=read.length if read else 0,
+                degraded=reason is not None,
+                reason=reason,
+                unknown_user=scored.is_unknown_user,
+                unknown_fields=list(features.unknown_fields),
+                default_fields=list(features.default_fields),
+            ),
+            unknown_items=features.num_unknown_items,
+            request_id=request_id,
+        )
+
+    # Any: JSON.
+    def describe(self) -> dict[str, Any]:
+        """Return versions, the fields a request may carry, limits and counters."""
+        spec, pin = self.bundle.spec, self.bundle.spec.history
+        with self._lock:
+            counters = asdict(self.counters)
+        return {
+            "model": {
+                "name": spec.name,
+                "version": self.bundle.version,
+                "task": spec.schema.tasks[0],
+            },
+            "features": {
+                "version": pin.latents_version if pin else None,
+                "snapshot_id": pin.snapshot_id if pin else None,
+                "max_len": pin.max_len if pin else 0,
+                "retention_us": pin.retention_us if pin else None,
+                "watermark_ts": self._store.meta.get("watermark_ts") if self._store else None,
+            },
+            "fields": [self._describe_field(field) for field in spec.schema.fields],
+            "limits": {
+                "items": MAX_ITEMS,
+                "key_chars": MAX_KEY_CHARS,
+                "context_fields": MAX_CONTEXT_FIELDS,
+                "sequence_len": spec.sequence_len,
+                "body_bytes": MAX_BODY_BYTES,
+            },
+            "counters": counters,
+        }
+
+    def _describe_field(self, field: Field) -> dict[str, Any]:
+        default: str | float = "unknown id 0"
+        if field.kind == Kind.NUMERIC:
+            default = field.mean
+        elif field.kind == Kind.SEQUENCE:
+            default = "empty"
+        source = "request" if field.name in self._builder.request_fields else "bundle"
+        if field.name in self.bundle.spec.derive:
+            source = "request_ts"
+        return {
+            "name": field.name,
+            "side": field.side.value,
+            "kind": field.kind.value,
+            "source": source,
+            "per_item": field.side == Side.ITEM,
+            "num_ids": field.cardinality,
+            "default": default,
+        }
+
+    def _read_history(self, query: ScoreQuery, pin: HistoryPin) -> HistoryRead:
+        found: UserHistory | None = None
+        is_failed = False
+        assert self._store is not None
+        try:
+            found = self._store.get_many([query.user])[0]
+        except StoreError as error:
+            is_failed = True
+            logger.warning("no history for a request, the store failed: %s", error)
+        read = read_history(found, pin, query.request_ts, len(query.items))
+        if is_failed:
+            return HistoryRead(read.history, 0, None, STORE_FAILED)
+        return read
+
+    def _count(self, scored: Scored) -> None:
+        features, reason = scored.features, scored.history.reason if scored.history else None
+        with self._lock:
+            counters = self.counters
+            counters.requests += 1
+            counters.rows += len(scored.probs)
+            counters.unknown_items += features.num_unknown_items
+            counters.unknown_users += scored.is_unknown_user
+            counters.unknown_values += len(features.unknown_fields)
+            counters.default_values += len(features.default_fields)
+            counters.history_misses += reason is not None
+            counters.store_failures += reason == STORE_FAILED
+
+
+def score_probs(bundle: Bundle, batch: Batch) -> NDArray[np.float64]:
+    """Return [B] calibrated probabilities of the first task."""
+    with torch.inference_mode():
+        logit = bundle.model(batch)[:, 0].double().numpy()
+    return np.asarray(sigmoid(bundle.spec.calibration.apply(logit)))
+
+
+def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
+    """Check that `store` holds the history that the VM of `bundle` was trained with.
+
+    Raises:
+        BundleError: there is none, or its version, snapshot or code is another.
+    """
+    pin = bundle.spec.history
+    if pin is None:
+        return
+    name = bundle.spec.name
+    if store is None:
+        raise BundleError(
+            f"VM {name!r} reads latents {pin.latents_version}; give the online store they are published in"
+        )
+    found = {
+        "latents_version": store.version,
+        "snapshot_id": store.meta.get("snapshot_id"),
+        "code_spec": CodeSpec.from_tree(store.meta.get("code_spec")),
+    }
+    expected = {
+        "latents_version": pin.latents_version,
+        "snapshot_id": pin.snapshot_id,
+        "code_spec": pin.code_spec,
+    }
+    wrong = [key for key in expected if found[key] != expected[key]]
+    if wrong:
+        raise BundleError(
+            f"the online store does not match VM {name!r}: {wrong[0]} is {found[wrong[0]]}, the bundle was trained"
+            f" with {expected[wrong[0]]}; publish that version, or load the bundle trained on the live one"
+        )
+
+
+def load_predictor(
+    bundle: str | Path, online: str | Path | None = None, history_timeout_s: float = 0.05
+) -> Predictor:
+    """Load the bundle at `bundle` and open the live version of the online store at `online`.
+
+    Args:
+        bundle: folder of the bundle.
+        online: a directory or `redis://` address; not opened for a VM without history.
+        history_timeout_s: deadline of one look-up in a store behind a network.
+
+    Raises:
+        BundleError: the bundle is damaged, or the store is not the one it was trained with.
+        StoreError: nothing is published at `online`.
+    """
+    loaded = load_bundle(Path(bundle))
+    if loaded.spec.history is None or online is None:
+        return Predictor(loaded)
+    return Predictor(loaded, open_current(online, timeout_s=history_timeout_s))

@@ -1,0 +1,58 @@
+"""From events to what is stored of them: the FM's embedding, its latent, and the FM's prediction."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loopfm_ray.data.collate import Batch
+from loopfm_ray.models.bottleneck import EmbeddingChunk
+from loopfm_ray.models.foundation import FoundationModel
+from loopfm_ray.train.snapshot import Snapshot
+
+__all__ = ["Embedded", "Embedder", "embedding_chunks"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What is stored of B events."""
+
+    latents: NDArray[np.float32]
+    """[B, d] latents; the store makes codes of them."""
+    fm_prob: NDArray[np.float32]
+    """[B] the FM's probability of the first task: the teacher prediction."""
+
+
+class Embedder:
+    """Embeds batches with one snapshot."""
+
+    def __init__(self, snapshot: Snapshot, device: torch.device | str = "cpu") -> None:
+        self.snapshot = snapshot
+        self._device = device
+        self._fm = snapshot.fm.to(device).eval()
+        self._bottleneck = snapshot.bottleneck.to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Embedded:
+        """Return latents and predictions of a batch."""
+        spec = self.snapshot.spec
+        output = self._fm(batch.to(self._device))
+        latent = self._bottleneck.encode(output.layers[spec.embedding_layer])
+        prob = torch.sigmoid(output.logit[:, 0]).float().cpu().numpy()
+        return Embedded(latent.float().cpu().numpy(), prob)
+
+
+def embedding_chunks(
+    fm: FoundationModel, layer: str, batches: Iterable[Batch]
+) -> Iterator[EmbeddingChunk]:
+    """Yield embeddings and FM probabilities of batches: what a bottleneck is fitted on.
+
+    Give the rows that will be stored (events), of the time that the FM was trained on.
+    """
+    fm.eval()
+    for batch in batches:
+        with torch.no_grad():
+            output = fm(batch)
+        yield EmbeddingChunk(output.layers[layer], torch.sigmoid(output.logit[:, 0]))

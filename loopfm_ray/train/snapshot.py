@@ -1,0 +1,174 @@
+"""An FM snapshot on disk: the FM, its bottleneck and all that is needed to embed events with them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from loopfm_ray.config import config_hash
+from loopfm_ray.data.schema import FeatureSchema
+from loopfm_ray.errors import LoopFMError, StoreError
+from loopfm_ray.models.bottleneck import Bottleneck, BottleneckConfig, build_bottleneck
+from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
+from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+
+__all__ = ["Snapshot", "SnapshotSpec", "load_snapshot", "save_snapshot"]
+
+_FM, _BOTTLENECK, _SPEC = "fm.safetensors", "bottleneck.safetensors", "snapshot.json"
+
+
+@dataclass(frozen=True)
+class SnapshotSpec:
+    """All of a snapshot but its weights."""
+
+    trained_until_ts: int
+    """The last moment that the FM may have seen; it embeds only later events."""
+    schema: FeatureSchema
+    item_fields: tuple[str, ...]
+    """Columns of `History.item_ids` in the raw history."""
+    max_len: int
+    """Events of the raw history that the FM reads."""
+    fm: FmConfig
+    bottleneck: BottleneckConfig
+    embedding_layer: str
+    """The FM layer that the bottleneck shortens."""
+    code_spec: CodeSpec
+
+    def to_tree(self) -> dict[str, Any]:  # Any: JSON
+        """Return the spec as a JSON tree."""
+        return {
+            "trained_until_ts": self.trained_until_ts,
+            "schema": json.loads(self.schema.to_json()),
+            "item_fields": list(self.item_fields),
+            "max_len": self.max_len,
+            "fm": self.fm.model_dump(mode="json"),
+            "bottleneck": self.bottleneck.model_dump(mode="json"),
+            "embedding_layer": self.embedding_layer,
+            "code_spec": self.code_spec.to_tree(),
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "SnapshotSpec":  # Any: JSON, checked here
+        """Read what `to_tree` gave.
+
+        Raises:
+            StoreError: the tree is no snapshot spec.
+        """
+        try:
+            return cls(
+                trained_until_ts=int(tree["trained_until_ts"]),
+                schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
+                item_fields=tuple(tree["item_fields"]),
+                max_len=int(tree["max_len"]),
+                fm=FmConfig.model_validate(tree["fm"]),
+                bottleneck=BottleneckConfig.model_validate(tree["bottleneck"]),
+                embedding_layer=str(tree["embedding_layer"]),
+                code_spec=CodeSpec.from_tree(tree["code_spec"]),
+            )
+        except (KeyError, TypeError, ValueError, LoopFMError) as error:
+            raise StoreError(f"not a snapshot spec: {error}; write it with to_tree") from error
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A trained FM, its bottleneck, and how they are used."""
+
+    fm: FoundationModel
+    bottleneck: Bottleneck
+    spec: SnapshotSpec
+    snapshot_id: str = field(default="")
+    """16 hex digits of weights and spec; filled in from them when not given."""
+    version: str = ""
+    """Version of the directory it was read from."""
+
+    def __post_init__(self) -> None:
+        if not self.snapshot_id:
+            object.__setattr__(self, "snapshot_id", _identify(self.fm, self.bottleneck, self.spec))
+
+
+def save_snapshot(
+    snapshot: Snapshot,
+    directory: Path,
+    *,
+    inputs: Mapping[str, str],
+    settings_hash: str = "",
+    record: Mapping[str, Any] | None = None,  # Any: JSON
+    num_rows: int = 0,
+) -> Manifest:
+    """Write a snapshot as a version of kind `snapshot`, in place of another one there.
+
+    Args:
+        snapshot: what to write.
+        directory: its final name.
+        inputs: versions it was trained on, by name.
+        settings_hash: of all settings that shaped the training; that of the model's configs if not given.
+        record: JSON to keep with it, such as its speed and the channel report.
+        num_rows: rows it was trained on.
+    """
+    tree = {"format_version": 1, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
+    with stage(directory) as staged:
+        _save_weights(snapshot.fm, staged / _FM)
+        _save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
+        (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True), encoding="utf-8")
+        return commit(
+            staged,
+            kind="snapshot",
+            config_hash=settings_hash or config_hash(snapshot.spec.fm, snapshot.spec.bottleneck),
+            inputs=inputs,
+            meta={
+                "snapshot_id": snapshot.snapshot_id,
+                "trained_until_ts": snapshot.spec.trained_until_ts,
+                "embedding_layer": snapshot.spec.embedding_layer,
+                "code_spec": snapshot.spec.code_spec.to_tree(),
+                "record": dict(record or {}),
+            },
+            num_rows=num_rows,
+            replace_other=True,
+        )
+
+
+def load_snapshot(directory: Path) -> Snapshot:
+    """Read a snapshot, checksums checked, in evaluation mode on the CPU.
+
+    Raises:
+        StoreError: it is missing, damaged, or its weights do not fit its spec.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest.kind != "snapshot":
+        raise StoreError(f"{directory} is a version of kind {manifest.kind!r}, expected 'snapshot'")
+    verify(directory)
+    tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
+    spec = SnapshotSpec.from_tree(tree)
+    fm = build_fm(spec.fm, spec.schema, spec.item_fields)
+    bottleneck = build_bottleneck(spec.bottleneck, fm.layer_dim(spec.embedding_layer))
+    for model, name in ((fm, _FM), (bottleneck, _BOTTLENECK)):
+        try:
+            model.load_state_dict(load_file(directory / name))
+        except RuntimeError as error:
+            raise StoreError(f"{directory / name} does not fit its spec: {error}") from error
+        model.eval()
+    return Snapshot(fm, bottleneck, spec, tree["snapshot_id"], manifest.version)
+
+
+def _identify(fm: nn.Module, bottleneck: nn.Module, spec: SnapshotSpec) -> str:
+    digest = hashlib.sha256(json.dumps(spec.to_tree(), sort_keys=True).encode())
+    for model in (fm, bottleneck):
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        path,
+    )

@@ -1,0 +1,85 @@
+"""What one step minimises: the objectives of the FM and the VM."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loopfm_ray.data.collate import Batch
+from loopfm_ray.distill.losses import normalise, weighted_bce_sum
+from loopfm_ray.errors import DataError
+from loopfm_ray.models.foundation import FmOutput
+
+__all__ = ["Objective", "StepLoss", "Workers", "first_logit", "make_objective"]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one batch, and what progress is measured on."""
+
+    total: Tensor
+    """[] what is differentiated."""
+    logit: Tensor
+    """[B] first task, without gradient."""
+    label: Tensor
+    """[B] first task."""
+
+
+Objective = Callable[[Batch], StepLoss]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a step is spread: `world_size` workers average their gradients."""
+
+    world_size: int = 1
+    count_rows: Callable[[int], float] = float
+    """Rows of this worker's batch -> rows of all workers' batches in this step."""
+
+
+def make_objective(
+    model: nn.Module, *, kd_weight: float = 0.0, workers: Workers | None = None
+) -> Objective:
+    """Return the objective of an FM or a VM: cross entropy summed over tasks, plus `kd_weight` times the KD loss.
+
+    The KD loss compares the first task with `Batch.teacher_prob`.
+
+    Args:
+        model: gives [B, T] logits or an `FmOutput`; may be wrapped for data parallelism.
+        kd_weight: weight of the KD loss; 0 leaves it out.
+        workers: data parallelism; none is a single worker.
+    """
+    shared = workers or Workers()
+
+    def objective(batch: Batch) -> StepLoss:
+        logit = _logits(model(batch))
+        weight = torch.ones_like(logit[:, 0])
+        total = torch.stack(
+            [
+                weighted_bce_sum(logit[:, task], batch.label[:, task], weight)[0]
+                for task in range(logit.shape[1])
+            ]
+        ).sum()
+        if kd_weight:
+            if batch.teacher_prob is None:
+                raise DataError(
+                    "kd_weight needs teacher predictions, found none; train on a joined set, or set"
+                    " kd_weight to 0"
+                )
+            kd_sum, _ = weighted_bce_sum(logit[:, 0], batch.teacher_prob, weight)
+            total = total + kd_weight * kd_sum
+        num_rows = shared.count_rows(len(batch.label))
+        total = normalise(total, num_rows, shared.world_size)
+        return StepLoss(total, logit[:, 0].detach(), batch.label[:, 0])
+
+    return objective
+
+
+def first_logit(model: nn.Module, batch: Batch) -> Tensor:
+    """Return [B]: the first task's logit of an FM or a VM."""
+    return _logits(model(batch))[:, 0]
+
+
+def _logits(output: Tensor | FmOutput) -> Tensor:
+    return output.logit if isinstance(output, FmOutput) else output

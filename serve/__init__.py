@@ -1,0 +1,1 @@
+"""Deployments of the scoring service on Ray Serve."""

@@ -1,0 +1,127 @@
+"""One suite for every entry of the model registries; an entry without a row here fails."""
+
+import copy
+
+import pytest
+import torch
+
+from loopfm_ray.models.bottleneck import BottleneckConfig
+from loopfm_ray.models.foundation import FmConfig
+from loopfm_ray.models.histories import AttentionConfig, PoolConfig
+from loopfm_ray.models.registry import BOTTLENECKS, ENCODERS, FMS, VMS
+from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from tests.model_inputs import BARE_SCHEMA, ITEM_FIELDS, LATENT_DIM, SCHEMA, make_batch
+
+FM_ROWS = {"fm": FmConfig(embed_dim=3, history_dim=4, hidden=(6, 5))}
+VM_ROWS = {"vm": VmConfig(embed_dim=3, hidden=(6,), history=HistoryInputConfig(kind="both"))}
+BOTTLENECK_ROWS = {"matryoshka": BottleneckConfig(latent_dim=4, prefixes=(2, 4))}
+ENCODER_ROWS = {
+    "attention": AttentionConfig(num_heads=2, query_hidden=4),
+    "mean": PoolConfig(kind="mean"),
+    "sum": PoolConfig(kind="sum"),
+}
+
+MODELS = [(FMS, kind, config) for kind, config in FM_ROWS.items()] + [
+    (VMS, kind, config) for kind, config in VM_ROWS.items()
+]
+
+
+def build(table, kind, config):
+    torch.manual_seed(0)
+    extra = (LATENT_DIM,) if table is VMS else ()
+    return table[kind](config, SCHEMA, ITEM_FIELDS, *extra)
+
+
+def logits(model, batch):
+    output = model(batch)
+    return output if isinstance(output, torch.Tensor) else output.logit
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [(FMS, FM_ROWS), (VMS, VM_ROWS), (BOTTLENECKS, BOTTLENECK_ROWS), (ENCODERS, ENCODER_ROWS)],
+)
+def test_every_entry_has_a_row_of_its_kind(table, rows):
+    assert set(table) == set(rows)
+    assert all(config.kind == kind for kind, config in rows.items())
+    assert all(
+        type(config).model_validate(config.model_dump()) == config for config in rows.values()
+    )
+
+
+@pytest.mark.parametrize(("table", "kind", "config"), MODELS)
+class TestModels:
+    def test_gives_one_logit_per_task(self, table, kind, config):
+        out = logits(build(table, kind, config), make_batch())
+        assert out.shape == (12, 2)
+        assert bool(torch.isfinite(out).all())
+
+    def test_every_parameter_is_trained(self, table, kind, config):
+        model = build(table, kind, config)
+        logits(model, make_batch(num_rows=64)).square().sum().backward()
+        without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert without == []
+
+    def test_one_step_against_the_gradient_lowers_the_loss(self, table, kind, config):
+        model, batch = build(table, kind, config), make_batch(num_rows=64)
+        bce = torch.nn.functional.binary_cross_entropy_with_logits
+        loss = bce(logits(model, batch), batch.label)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+        assert bce(logits(model, batch), batch.label) < loss
+
+    def test_unknown_ids_are_scored(self, table, kind, config):
+        batch = make_batch()
+        batch.ids.zero_()
+        assert bool(torch.isfinite(logits(build(table, kind, config), batch)).all())
+
+    def test_same_seed_same_bits_and_state_round_trip(self, table, kind, config):
+        model, other = build(table, kind, config), build(table, kind, config)
+        batch = make_batch()
+        assert torch.equal(logits(model, batch), logits(other, batch))
+        for parameter in other.parameters():
+            parameter.data.normal_()
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        assert torch.equal(logits(model, batch), logits(other, batch))
+
+    def test_padding_changes_nothing(self, table, kind, config):
+        model = build(table, kind, config)
+        batch = make_batch()
+        for name, history in batch.histories.items():
+            wide = {"mask": False, "age_s": 0.0, "latents": 0.0, "item_ids": 0}
+            parts = {
+                key: torch.cat(
+                    [getattr(history, key), torch.full_like(getattr(history, key)[:, :2], fill)], 1
+                )
+                for key, fill in wide.items()
+            }
+            batch.histories[name] = type(history)(row=history.row, **parts)
+        torch.testing.assert_close(logits(model, batch), logits(model, make_batch()))
+
+
+def test_models_work_on_a_bare_schema():
+    batch = make_batch(schema=BARE_SCHEMA)
+    for table, kind, config in MODELS:
+        if table is VMS:
+            config = config.model_copy(update={"history": HistoryInputConfig()})
+        assert logits(table[kind](config, BARE_SCHEMA), batch).shape == (12, 1)
+
+
+@pytest.mark.parametrize("kind", ENCODER_ROWS)
+def test_encoders_have_the_width_they_say(kind):
+    encoder = ENCODERS[kind](ENCODER_ROWS[kind], 5, LATENT_DIM)
+    history = make_batch().histories["latent"]
+    assert encoder(torch.randn(12, 5), history.latents, history).shape == (12, encoder.out_dim)
+
+
+@pytest.mark.parametrize("kind", BOTTLENECK_ROWS)
+def test_bottlenecks_encode_into_the_range_and_back(kind):
+    config = BOTTLENECK_ROWS[kind]
+    bottleneck = BOTTLENECKS[kind](config, 9)
+    latent = bottleneck.encode(torch.randn(20, 9) * 10)
+    assert latent.shape == (20, config.latent_dim)
+    assert bool((latent.abs() <= 1).all())
+    for prefix in config.prefixes:
+        assert bottleneck.decode(latent, prefix).shape == (20, 9)

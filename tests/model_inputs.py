@@ -1,0 +1,61 @@
+"""Small schemas and random batches for the tests of models and training."""
+
+import torch
+
+from loopfm_ray.data.collate import Batch, History
+from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
+
+ITEM_FIELDS = ("item", "category")
+LATENT_DIM = 6
+
+SCHEMA = FeatureSchema(
+    (
+        Field("user", Side.USER, Kind.CATEGORICAL, 7),
+        Field("item", Side.ITEM, Kind.CATEGORICAL, 11),
+        Field("category", Side.ITEM, Kind.CATEGORICAL, 4),
+        Field("hour", Side.CONTEXT, Kind.CATEGORICAL, 5),
+        Field("tags", Side.CONTEXT, Kind.SEQUENCE, 6),
+        Field("count", Side.PAST, Kind.NUMERIC),
+    ),
+    ("label", "long_view"),
+)
+BARE_SCHEMA = FeatureSchema((Field("item", Side.ITEM, Kind.CATEGORICAL, 11),))
+NUMERIC_SCHEMA = FeatureSchema((Field("price", Side.ITEM, Kind.NUMERIC),))
+
+
+def make_history(row, lengths, seed=0, length=None):
+    """G histories of the given lengths, with every payload."""
+    generator = torch.Generator().manual_seed(seed)
+    num, width = len(lengths), length or max(1, *lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    age = torch.rand(num, width, generator=generator) * 1e6 * mask
+    latents = (torch.rand(num, width, LATENT_DIM, generator=generator) * 2 - 1) * mask[..., None]
+    limits = [SCHEMA.categorical[1].cardinality, SCHEMA.categorical[2].cardinality]
+    ids = [torch.randint(0, n, (num, width), generator=generator) * mask for n in limits]
+    return History(torch.as_tensor(row), mask, age, latents, torch.stack(ids, -1))
+
+
+def make_batch(num_rows=12, schema=SCHEMA, seed=0, lengths=(3, 0, 5)):
+    """A batch with raw, latent and item histories that some rows lack."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [
+        torch.randint(0, field.cardinality, (num_rows,), generator=generator)
+        for field in schema.categorical
+    ]
+    row = torch.randint(0, len(lengths), (num_rows,), generator=generator)
+    sequences = {
+        field.name: torch.randint(0, field.cardinality, (num_rows, 3), generator=generator)
+        for field in schema.sequences
+    }
+    return Batch(
+        ids=torch.stack(ids, 1) if ids else torch.zeros(num_rows, 0, dtype=torch.int64),
+        numeric=torch.randn(num_rows, len(schema.numeric), generator=generator),
+        sequences=sequences,
+        histories={
+            "raw": make_history(row, lengths, seed),
+            "latent": make_history(row, lengths, seed + 1),
+            "item": make_history(row, [1] * len(lengths), seed + 2),
+        },
+        label=torch.randint(0, 2, (num_rows, len(schema.tasks)), generator=generator).float(),
+        teacher_prob=torch.rand(num_rows, generator=generator),
+    )

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from loopfm_ray.errors import ConfigError, DataError
+from loopfm_ray.models.bottleneck import (
+    BottleneckConfig,
+    EmbeddingChunk,
+    build_bottleneck,
+    calibrate,
+    channel_report,
+    fit_bottleneck,
+)
+from loopfm_ray.models.foundation import FmConfig, build_fm
+from loopfm_ray.store.codes import decode, encode
+from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
+
+SMALL = BottleneckConfig(latent_dim=4, prefixes=(1, 2, 4))
+
+
+def low_rank_embeddings(num_rows=2000, seed=0):
+    """[N, 10] embeddings that live on 3 directions, plus a constant dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(3, 10, generator=torch.Generator().manual_seed(99))
+    x = torch.randn(num_rows, 3, generator=generator) @ mixing * 3 + 1
+    x = x + 0.05 * torch.randn(num_rows, 10, generator=generator)
+    x[:, 4] = 2.0
+    return x
+
+
+def fitted(config=SMALL, epochs=2):
+    torch.manual_seed(0)
+    bottleneck = build_bottleneck(config, 10)
+    x = low_rank_embeddings()
+    target = (x[:, 0] > 1).float()
+    chunks = [EmbeddingChunk(x[i : i + 250], target[i : i + 250]) for i in range(0, len(x), 250)]
+    losses = fit_bottleneck(bottleneck, chunks * epochs, init_rows=1000)
+    return bottleneck, losses
+
+
+def test_latents_are_in_range_and_prefixes_grow_better():
+    bottleneck, losses = fitted(epochs=20)
+    x = low_rank_embeddings(seed=1)
+    latent = bottleneck.encode(x)
+    assert latent.shape == (2000, 4)
+    assert bool((latent.abs() <= 1).all())
+    report = channel_report(bottleneck, x, calibrate(bottleneck, x, 4))
+    explained = report.variance_explained
+    assert explained["prefix_1"] < explained["prefix_2"] < explained["prefix_4"]
+    assert explained["latent"] == explained["prefix_4"] > 0.9
+    assert explained["code"] == pytest.approx(explained["latent"], abs=0.03)
+    assert (report.embedding_dim, report.latent_dim, report.bits) == (10, 4, 4)
+    assert losses[-1] < losses[0]
+
+
+def test_starts_as_principal_components():
+    torch.manual_seed(0)
+    bottleneck = build_bottleneck(SMALL, 10)
+    x = low_rank_embeddings()
+    bottleneck.initialise(x)
+    normal = bottleneck.standardise(x)
+    assert normal.mean(0).abs().max() < 1e-3
+    assert not bool(normal[:, 4].any())
+    before_tanh = torch.atanh(bottleneck.encode(x).double().clamp(-0.9999999, 0.9999999))
+    _, _, vectors = torch.linalg.svd(normal, full_matrices=False)
+    components = normal @ vectors[:3].T
+    whitened = components / components.std(0) / bottleneck.spread
+    np.testing.assert_allclose(
+        before_tanh[:, :3].abs().detach(), whitened.abs(), rtol=0.02, atol=2e-3
+    )
+
+
+def test_calibrated_codes_use_their_range():
+    bottleneck, _ = fitted()
+    x = low_rank_embeddings(seed=1)
+    spec = calibrate(bottleneck, x, 4)
+    assert (spec.bits, spec.dim) == (4, 4)
+    assert channel_report(bottleneck, x, spec).share_zero_codes < 0.3
+    latent = bottleneck.encode(x).detach().numpy()
+    error = np.abs(decode(encode(latent, spec), spec) - latent)
+    assert error.mean() < 0.1
+    half = calibrate(bottleneck, x, 16)
+    assert (half.bits, half.scale) == (16, None)
+
+
+def test_the_bottleneck_never_trains_the_fm():
+    torch.manual_seed(0)
+    fm = build_fm(FmConfig(embed_dim=3, history_dim=4, hidden=(6,)), SCHEMA, ITEM_FIELDS)
+    bottleneck = build_bottleneck(BottleneckConfig(latent_dim=2, prefixes=(2,), hidden=3), 6)
+    out = fm(make_batch())
+    loss = bottleneck.loss(out.layers["hidden_0"])
+    loss.backward()
+    assert all(parameter.grad is None for parameter in fm.parameters())
+    assert all(parameter.grad is not None for parameter in bottleneck.parameters())
+    assert not bottleneck.encode(out.layers["hidden_0"].detach()).isnan().any()
+
+
+def test_the_prediction_term_needs_and_uses_the_target():
+    config = SMALL.model_copy(update={"predict_weight": 5.0, "hidden": 8})
+    bottleneck, losses = fitted(config, epochs=30)
+    assert losses[-1] < losses[0]
+    x = low_rank_embeddings(seed=1)
+    logit = bottleneck.predictor(bottleneck.encode(x))[:, 0]
+    assert float(((logit > 0) == (x[:, 0] > 1)).float().mean()) > 0.9
+    with pytest.raises(DataError, match="predictions"):
+        bottleneck.loss(x)
+
+
+def test_same_seed_same_bits():
+    first, second = fitted()[0].state_dict(), fitted()[0].state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_unfit_input_is_an_error():
+    with pytest.raises(ValidationError, match="end in latent_dim"):
+        BottleneckConfig(latent_dim=8, prefixes=(2, 4))
+    with pytest.raises(ValidationError):
+        BottleneckConfig(latent_dim=4, prefixes=(4, 2, 4))
+    with pytest.raises(ConfigError, match="at most the embedding's 3"):
+        build_bottleneck(SMALL, 3)
+    bottleneck = build_bottleneck(SMALL, 10)
+    with pytest.raises(DataError, match="at least 2"):
+        bottleneck.initialise(torch.zeros(1, 10))
+    with pytest.raises(DataError, match="found none"):
+        fit_bottleneck(bottleneck, [])

@@ -1,0 +1,69 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loopfm_ray.errors import ConfigError, ShapeError
+from loopfm_ray.models.foundation import FmConfig, build_fm
+from tests.model_inputs import BARE_SCHEMA, ITEM_FIELDS, NUMERIC_SCHEMA, SCHEMA, make_batch
+
+SMALL = FmConfig(embed_dim=3, history_dim=4, cross_rank=2, hidden=(6, 5))
+
+
+def test_layers_are_named_and_as_wide_as_said():
+    torch.manual_seed(0)
+    fm = build_fm(SMALL, SCHEMA, ITEM_FIELDS)
+    out = fm(make_batch())
+    assert out.logit.shape == (12, 2)
+    assert fm.layer_names == ("embedding", "hidden_0", "hidden_1") == tuple(out.layers)
+    for name, layer in out.layers.items():
+        assert layer.shape == (12, fm.layer_dim(name))
+    with pytest.raises(ConfigError, match="hidden_9"):
+        fm.layer_dim("hidden_9")
+
+
+@pytest.mark.parametrize("schema", [BARE_SCHEMA, NUMERIC_SCHEMA])
+def test_schemas_without_most_fields_work(schema):
+    batch = replace(make_batch(schema=schema), histories={})
+    assert build_fm(SMALL, schema)(batch).logit.shape == (12, 1)
+
+
+def test_a_schema_without_fields_is_an_error():
+    with pytest.raises(ConfigError, match="at least one field"):
+        build_fm(SMALL, replace(SCHEMA, fields=()))
+
+
+def test_history_fields_choose_columns():
+    torch.manual_seed(0)
+    fm = build_fm(SMALL.model_copy(update={"history_fields": ("category",)}), SCHEMA, ITEM_FIELDS)
+    batch = make_batch()
+    raw = batch.histories["raw"]
+    other_ids = raw.item_ids.clone()
+    other_ids[..., 0] = 0
+    other = replace(batch, histories={"raw": replace(raw, item_ids=other_ids)})
+    assert torch.equal(fm(batch).logit, fm(other).logit)
+    with pytest.raises(ConfigError, match="brand"):
+        build_fm(SMALL.model_copy(update={"history_fields": ("brand",)}), SCHEMA, ITEM_FIELDS)
+
+
+def test_a_missing_history_is_an_error():
+    fm = build_fm(SMALL, SCHEMA, ITEM_FIELDS)
+    with pytest.raises(ShapeError, match="'raw'"):
+        fm(replace(make_batch(), histories={}))
+    raw = make_batch().histories["raw"]
+    with pytest.raises(ShapeError, match="no item ids"):
+        fm(replace(make_batch(), histories={"raw": replace(raw, item_ids=None)}))
+
+
+def test_no_cross_layers_and_no_hidden_layers():
+    config = SMALL.model_copy(update={"cross_layers": 0, "hidden": ()})
+    fm = build_fm(config, SCHEMA, ITEM_FIELDS)
+    assert fm.layer_names == ("embedding",)
+    assert fm(make_batch()).logit.shape == (12, 2)
+
+
+def test_outlying_numbers_are_cut():
+    fm = build_fm(SMALL, NUMERIC_SCHEMA)
+    batch = make_batch(schema=NUMERIC_SCHEMA)
+    far, farther = (replace(batch, numeric=torch.full((12, 1), x)) for x in (1e3, 1e6))
+    assert torch.equal(fm(far).logit, fm(farther).logit)

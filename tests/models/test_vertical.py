@@ -1,0 +1,151 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loopfm_ray.errors import ConfigError, ShapeError
+from loopfm_ray.models.histories import AttentionConfig, PoolConfig, age_features
+from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig, build_vm
+from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, make_batch
+
+
+def build(seed=0, **history):
+    torch.manual_seed(seed)
+    config = VmConfig(embed_dim=3, hidden=(6, 5), history=HistoryInputConfig(**history))
+    model = build_vm(config, SCHEMA, ITEM_FIELDS, LATENT_DIM)
+    for encoder in model.encoders.values():
+        encoder.missing.data.normal_()
+    return model
+
+
+def with_history(batch, name, **changes):
+    history = replace(batch.histories[name], **changes)
+    return replace(batch, histories={**batch.histories, name: history})
+
+
+@pytest.mark.parametrize("kind", ["none", "latent", "raw", "both"])
+def test_only_the_chosen_history_is_read(kind):
+    model, batch = build(kind=kind), make_batch()
+    out = model(batch)
+    assert out.shape == (12, 2)
+    for name, parts in {"latent": ("latent", "both"), "raw": ("raw", "both")}.items():
+        history = batch.histories[name]
+        changed = with_history(batch, name, age_s=history.age_s + 1e6)
+        assert torch.equal(model(changed), out) == (kind not in parts)
+
+
+@pytest.mark.parametrize("kind", ["latent", "raw"])
+def test_rows_without_history_get_the_learnt_default(kind):
+    model, batch = build(kind=kind), make_batch()
+    is_missing = ~batch.histories[kind].mask.any(1)[batch.histories[kind].row]
+    assert 0 < int(is_missing.sum()) < 12
+    before = model(batch)
+    model.encoders[kind].missing.data.add_(1.0)
+    is_same = torch.isclose(model(batch), before).all(1)
+    assert torch.equal(is_same, ~is_missing)
+
+
+def test_a_batch_in_which_nobody_has_a_history_trains():
+    model, batch = build(kind="latent"), make_batch(lengths=(0, 0, 0))
+    model(batch).sum().backward()
+    assert bool(model.encoders["latent"].missing.grad.any())
+    for parameter in model.parameters():
+        assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all())
+
+
+def test_latents_take_a_prefix():
+    model, batch = build(kind="latent", latent_dim=2), make_batch()
+    history = batch.histories["latent"]
+    changed = history.latents.clone()
+    changed[..., 2:] += 1.0
+    assert torch.equal(model(batch), model(with_history(batch, "latent", latents=changed)))
+    changed[..., :2] += 1.0
+    assert not torch.equal(model(batch), model(with_history(batch, "latent", latents=changed)))
+
+
+@pytest.mark.parametrize("kind", ["latent", "raw", "both"])
+def test_the_item_latent_helps_the_query_and_nothing_else(kind):
+    model, batch = build(kind=kind, item_latent="query"), make_batch()
+    item = batch.histories["item"]
+    changed = with_history(batch, "item", latents=item.latents + 1.0)
+    differs = ~torch.isclose(model(batch), model(changed)).all(1)
+    has_history = batch.histories["latent"].mask.any(1)[batch.histories["latent"].row]
+    assert torch.equal(differs, has_history)
+    without = replace(batch, histories={n: batch.histories[n] for n in ("latent", "raw")})
+    with pytest.raises(ShapeError, match="'item'"):
+        model(without)
+
+
+def test_the_item_latent_as_a_feature_needs_no_history_of_the_user():
+    model, batch = build(kind="none", item_latent="feature"), make_batch()
+    item = batch.histories["item"]
+    changed = with_history(batch, "item", latents=item.latents + 1.0)
+    assert not torch.isclose(model(batch), model(changed)).all(1).any()
+
+
+@pytest.mark.parametrize("kind", ["latent", "raw"])
+@pytest.mark.parametrize("encoder", [AttentionConfig(has_mean=False), PoolConfig(kind="sum")])
+def test_row_order_changes_nothing(kind, encoder):
+    model, batch = build(kind=kind, encoder=encoder), make_batch()
+    order = torch.randperm(12)
+    histories = {n: replace(h, row=h.row[order]) for n, h in batch.histories.items()}
+    shuffled = replace(
+        batch,
+        ids=batch.ids[order],
+        numeric=batch.numeric[order],
+        sequences={name: ids[order] for name, ids in batch.sequences.items()},
+        histories=histories,
+    )
+    torch.testing.assert_close(model(shuffled), model(batch)[order])
+
+
+def test_the_label_and_the_teacher_are_not_read():
+    batch = make_batch()
+    other = replace(batch, label=1 - batch.label, teacher_prob=None)
+    for kind in ("none", "latent", "raw", "both"):
+        model = build(kind=kind)
+        assert torch.equal(model(batch), model(other))
+
+
+def test_raw_history_uses_the_tables_of_the_candidate():
+    model, batch = build(kind="raw"), make_batch()
+    model(batch).sum().backward()
+    table = model.features.embeddings
+    start = int(table.offsets(["item"])[0])
+    raw = batch.histories["raw"]
+    read = raw.row.unique()
+    seen = set(raw.item_ids[read, :, 0][raw.mask[read]].tolist())
+    assert all(bool(table.weight.grad[start + i].any()) for i in seen)
+    assert build(kind="raw", raw_dim=7).events.out_dim == 7
+    assert build(kind="raw", fields=("category",)).events.out_dim == 3
+
+
+def test_unfit_configs_are_errors():
+    latent = VmConfig(history=HistoryInputConfig(kind="latent"))
+    wide = VmConfig(history=HistoryInputConfig(kind="latent", latent_dim=5))
+    with pytest.raises(ConfigError, match="width of the stored latents"):
+        build_vm(latent, SCHEMA)
+    with pytest.raises(ConfigError, match="at most the stored 4"):
+        build_vm(wide, SCHEMA, (), 4)
+    with pytest.raises(ConfigError, match="raw history"):
+        build_vm(VmConfig(history=HistoryInputConfig(kind="raw")), SCHEMA)
+    batch = make_batch()
+    short = with_history(batch, "latent", latents=batch.histories["latent"].latents[..., :3])
+    model = build(kind="latent")
+    with pytest.raises(ShapeError, match="6 numbers"):
+        model(short)
+
+
+def test_cross_layers_and_pooling_options():
+    config = VmConfig(
+        cross_layers=1, history=HistoryInputConfig(kind="latent", encoder=PoolConfig(hidden=9))
+    )
+    model = build_vm(config, SCHEMA, (), LATENT_DIM)
+    assert model(make_batch()).shape == (12, 2)
+
+
+def test_age_features_fall_with_age():
+    features = age_features(torch.tensor([[0.0, 86_400.0 * 7]]))
+    assert features.shape == (1, 2, 5)
+    assert features[0, 0].tolist() == [1, 0, 1, 1, 1]
+    assert features[0, 1, 2].item() == pytest.approx(0.367879, abs=1e-5)

@@ -1,0 +1,121 @@
+"""Small worlds for the history and store tests: a prepared version and the latents version made from it."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from loopfm_ray.history.join import JoinSettings
+from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.manifest import commit, stage
+from loopfm_ray.store.offline import LatentsWriter
+from loopfm_ray.store.tables import write_parquet
+from loopfm_ray.types import TimeRange
+
+PERIOD_US = 1000
+NUM_PERIODS = 4
+NUM_BUCKETS = 3
+TRAINED_UNTIL_TS = 999
+REQUESTS = TimeRange(2000, 4000)
+SPEC = CodeSpec(4, 6, (0.5, 1.0, 1.5, 2.0, 1.0, 3.0))
+SETTINGS = JoinSettings(max_len=7, retention_us=1500)
+
+
+def make_examples(seed=0, num_rows=600, num_users=14):
+    """Return columns of examples in periods 0..3: some share a time, some labels come late."""
+    rng = np.random.default_rng(seed)
+    event_ts = np.sort(rng.integers(0, PERIOD_US * NUM_PERIODS, num_rows)) // 20 * 20
+    user = rng.integers(1, num_users + 1, num_rows)
+    late = np.where(rng.random(num_rows) < 0.3, rng.integers(0, 400, num_rows), 0)
+    return {
+        "example_id": np.arange(num_rows, dtype=np.int64),
+        "bucket": (user % NUM_BUCKETS).astype(np.int16),
+        "user": user.astype(np.int32),
+        "item": rng.integers(0, 50, num_rows).astype(np.int32),
+        "event_ts": event_ts.astype(np.int64),
+        "label_ts": (event_ts + late).astype(np.int64),
+        "label": rng.integers(0, 2, num_rows).astype(np.float32),
+        "is_event": rng.random(num_rows) < 0.6,
+    }
+
+
+def user_keys(num_users=14):
+    return ["", *(f"user-{number}" for number in range(1, num_users + 1))]
+
+
+def latents_of(example_id):
+    """Return the latent and prediction that stand for the snapshot: functions of the example id alone."""
+    rng = np.random.default_rng(7)
+    table = rng.normal(size=(4096, SPEC.dim)).astype(np.float32)
+    prob = rng.random(4096).astype(np.float32)
+    return table[example_id % 4096], prob[example_id % 4096]
+
+
+def shard_rows(examples, period, bucket):
+    chosen = (examples["event_ts"] // PERIOD_US == period) & (examples["bucket"] == bucket)
+    return {name: values[chosen] for name, values in examples.items()}
+
+
+def write_prepared(folder: Path, examples):
+    with stage(folder) as staged:
+        for bucket in range(NUM_BUCKETS):
+            for period in range(NUM_PERIODS):
+                rows = shard_rows(examples, period, bucket)
+                path = staged / f"examples/bucket={bucket:03d}/period={period:04d}.parquet"
+                write_parquet(pa.table(rows), path)
+        meta = {"num_buckets": NUM_BUCKETS, "period_us": PERIOD_US, "period_origin_ts": 0}
+        return commit(
+            staged,
+            kind="prepared",
+            config_hash="0" * 16,
+            inputs={},
+            meta=meta,
+            num_rows=len(examples["example_id"]),
+        )
+
+
+def make_writer(folder: Path, delay_us=10, waits_for_label=True, snapshot_id="snap"):
+    return LatentsWriter(
+        final_dir=folder,
+        snapshot_id=snapshot_id,
+        trained_until_ts=TRAINED_UNTIL_TS,
+        spec=SPEC,
+        delay_us=delay_us,
+        waits_for_label=waits_for_label,
+        inputs={"prepared": "p"},
+    )
+
+
+def write_shard(writer, examples, period, bucket):
+    rows = shard_rows(examples, period, bucket)
+    latents, prob = latents_of(rows["example_id"])
+    names = ("example_id", "user", "item", "event_ts", "label_ts", "is_event")
+    return writer.write(period, bucket, {**{n: rows[n] for n in names}, "fm_prob": prob}, latents)
+
+
+SHARDS = tuple(
+    (period, bucket) for period in range(1, NUM_PERIODS) for bucket in range(NUM_BUCKETS)
+)
+
+
+def write_latents(folder: Path, examples, shards=SHARDS, **options):
+    writer = make_writer(folder, **options)
+    writer.begin()
+    for period, bucket in shards:
+        write_shard(writer, examples, period, bucket)
+    return writer.finish(shards, watermark_ts=PERIOD_US * NUM_PERIODS)
+
+
+def tree_bytes(folder: Path):
+    """Return the content of every file, but for the fields of manifests that tell when they were written."""
+    import json
+
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.name == "manifest.json":
+            tree = json.loads(data)
+            del tree["created_at"], tree["seconds"]
+            data = json.dumps(tree, sort_keys=True).encode()
+        found[path.relative_to(folder).as_posix()] = data
+    return found

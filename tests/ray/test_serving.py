@@ -1,0 +1,146 @@
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from ray import serve
+
+from loopfm_ray.config import dump_yaml, load_config
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.errors import BundleError, ConfigError
+from loopfm_ray.experiments import RayConfig
+from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.serving import APP_NAME, DEPLOYMENT_NAME, ServeConfig, build_app, start, stop
+from loopfm_ray.serving.parity import ask_service, check_parity, load_offline
+from loopfm_ray.serving.predictor import load_predictor
+from loopfm_ray.store.publish import publish
+from serve.app import build_app as app_of_args
+from tests.serving.world import make_world, write_latents
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect(RayConfig()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def url(cluster, world):
+    config = ServeConfig(bundle=str(world.bundle), online=str(world.online), port=0)
+    yield start(config)
+    stop()
+
+
+def call(url, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(url + path, data=data, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_served_scores_over_http_equal_offline_scores(url, world):
+    predictor = load_predictor(world.bundle, world.online)
+    prepared = PreparedData.open(world.prepared)
+    offline = load_offline(predictor.bundle, prepared, world.joined, num_requests=100)
+    report = check_parity(predictor, offline, url=url)
+    assert report.is_ok, report.mismatches
+    assert report.num_requests >= 100
+    assert report.max_abs_diff < 1e-6
+    assert predictor.counters.requests == 0  # the service scored, not this process
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_service_is_ready_and_says_what_it_serves(url, world):
+    assert call(url, "/healthz") == (200, {"status": "alive"})
+    assert call(url, "/readyz") == (200, {"status": "ready"})
+    status, body = call(url, "/v1/model")
+    assert status == 200
+    assert body["model"]["name"] == "vm_loopfm"
+    assert body["features"]["version"] == world.spec.history.latents_version
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_bad_requests_are_problems_over_http_too(url):
+    status, problem = call(url, "/v1/score", {"user": "u1", "items": []})
+    assert (status, problem["errors"][0]["field"]) == (422, "items")
+    status, problem = call(url, "/v1/score", {"user": "u1", "items": ["i1"], "context": {"x": 1}})
+    assert status == 422
+    assert "'x'" in problem["detail"]
+    assert call(url, "/nowhere")[0] == 404
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_another_bundle_behind_the_address_is_noticed(url, world):
+    bundle = load_predictor(world.bundle, world.online).bundle
+    prepared = PreparedData.open(world.prepared)
+    offline = load_offline(bundle, prepared, world.joined, num_requests=1)
+    with pytest.raises(BundleError, match="expected other"):
+        list(ask_service(url, [offline.replays[0].query], "other"))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_store_of_another_version_is_not_served(url, world, tmp_path):
+    prepared = PreparedData.open(world.prepared)
+    write_latents(prepared, tmp_path / "latents", snapshot="other")
+    publish(tmp_path / "latents", prepared.users.keys, tmp_path / "online")
+    config = ServeConfig(bundle=str(world.bundle), online=str(tmp_path / "online"))
+    app = build_app(config)
+    with pytest.raises(RuntimeError, match="deploy"):
+        serve.run(app, name="other", route_prefix="/other")
+    status = serve.status().applications["other"]
+    text = status.message + status.deployments[DEPLOYMENT_NAME].message
+    assert "BundleError" in text
+    assert "does not match" in text
+    serve.delete("other")
+    # the application that was there before still serves
+    assert call(url, "/readyz")[0] == 200
+    assert serve.status().applications[APP_NAME].status == "RUNNING"
+
+
+def test_building_the_app_loads_nothing_and_starts_nothing():
+    app = app_of_args(ServeConfig(bundle="/nowhere", num_replicas=2, max_queued_requests=5))
+    deployment = app._bound_deployment
+    assert deployment.name == DEPLOYMENT_NAME
+    assert deployment.num_replicas == 2
+    assert deployment.max_queued_requests == 5
+
+
+def test_the_service_listens_on_loopback_by_default():
+    assert ServeConfig(bundle="b").host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("change", ["port=-1", "num_replicas=0", "max_ongoing_requests=0", "x=1"])
+def test_a_wrong_setting_is_refused(change):
+    with pytest.raises(ConfigError):
+        load_config(ServeConfig, None, ["bundle=b", change])
+
+
+def test_deployment_files_hold_valid_arguments():
+    files = sorted((ROOT / "serve").glob("*.yaml"))
+    assert files
+    for file in files:
+        tree = yaml.safe_load(file.read_text())
+        assert tree["http_options"]["host"] == "127.0.0.1"
+        for app in tree["applications"]:
+            assert app["import_path"] == "serve.app:build_app"
+            config = ServeConfig.model_validate(app["args"])
+            assert yaml.safe_load(dump_yaml(config))["bundle"] == config.bundle

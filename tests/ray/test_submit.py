@@ -1,0 +1,200 @@
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from infra import submit as submit_module
+from infra.submit import PARTS, ROOT, collect_files, job_environment, main, submit
+from loopfm_ray.errors import ConfigError, JobError
+
+
+def make_checkout(root: Path) -> Path:
+    for name in (
+        "loopfm_ray/__init__.py",
+        "loopfm_ray/data/schema.py",
+        "loopfm_ray/__pycache__/x.pyc",
+        "loopfm_ray/.hidden",
+        "configs/pipeline/a.yaml",
+        "configs/runs/big.bin",
+        "runs/demo/model.safetensors",
+        "data/log.parquet",
+        ".git/config",
+        "notes.txt",
+        "pyproject.toml",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def test_only_code_and_configs_are_shipped(tmp_path):
+    root = make_checkout(tmp_path)
+    (root / "configs/link.yaml").symlink_to("/etc/hostname")
+    names = [path.as_posix() for path in collect_files(root)]
+    assert names == [
+        "configs/pipeline/a.yaml",
+        "loopfm_ray/__init__.py",
+        "loopfm_ray/data/schema.py",
+        "pyproject.toml",
+    ]
+
+
+def test_shipping_too_much_is_refused_by_name(tmp_path):
+    root = make_checkout(tmp_path)
+    (root / "configs/log.parquet").write_bytes(b"0" * 5000)
+    with pytest.raises(ConfigError, match=r"biggest files are configs/log.parquet \(5000 bytes\)"):
+        collect_files(root, max_bytes=4999)
+
+
+def test_a_folder_without_the_package_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no package loopfm_ray"):
+        collect_files(tmp_path)
+
+
+def test_this_checkout_is_small_enough_and_holds_no_data():
+    files = collect_files(ROOT)
+    assert {path.parts[0] for path in files} <= set(PARTS)
+    assert not [path for path in files if path.suffix in (".parquet", ".arrow", ".safetensors")]
+
+
+def test_environment_of_a_job_is_named_settings_only():
+    environ = {"AWS_REGION": "x", "PYTHONPATH": "/p", "SECRET": "s", "HOME": "/h"}
+    assert job_environment(environ) == {
+        "AWS_REGION": "x", "PYTHONPATH": "/p", "RAY_AUTH_MODE": "disabled",
+    }  # fmt: skip
+    assert job_environment({"RAY_AUTH_MODE": "token"}) == {"RAY_AUTH_MODE": "token"}
+
+
+def test_a_mistake_in_the_call_exits_2(monkeypatch):
+    def refuse(*_):
+        raise ConfigError("too big")
+
+    monkeypatch.setattr(submit_module, "submit", refuse)
+    assert main(["--", "demo"]) == 2
+    with pytest.raises(SystemExit) as usage:
+        main([])
+    assert usage.value.code == 2
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def pids_with(text: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if text.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def end_processes(text: str) -> None:
+    """End what has `text`, the cluster's own temporary folder, in its command line; never other clusters."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids_with(text):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + 10
+        while pids_with(text) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def start_head(folder: str) -> str | None:
+    """Start a head with its own ports and folder; None if it was too slow for Ray's fixed 30 s."""
+    names = (
+        "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port", "metrics-export-port", "node-manager-port", "object-manager-port",
+    )  # fmt: skip
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    binaries = Path(sys.executable).parent
+    command = [
+        str(binaries / "ray"), "start", "--head", "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1", "--num-cpus=8", "--object-store-memory=300000000",
+        "--disable-usage-stats", f"--temp-dir={folder}",
+        *(f"--{name}={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(binaries), os.environ.get("PATH", "")])
+    environ = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": path}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        assert "timed out during startup" in done.stdout + done.stderr
+        return None
+    return f"http://127.0.0.1:{ports['dashboard-port']}"
+
+
+@pytest.fixture(scope="module")
+def head():
+    folders = [tempfile.mkdtemp(prefix="lfhead-", dir="/tmp") for _ in range(4)]  # sockets: short
+    try:
+        for folder in folders:
+            address = start_head(folder)
+            if address is not None:
+                break
+            end_processes(folder)
+        assert address is not None, "no head came up in four attempts"
+        yield address
+    finally:
+        for folder in folders:
+            end_processes(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def auth_mode(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_job_runs_the_shipped_code_and_its_result_is_read(head, tmp_path):
+    result_file = tmp_path / "result.txt"
+    program = (
+        "import sys, pathlib, ray, loopfm_ray\n"
+        "ray.init(log_to_driver=False)\n"
+        "print('cpus', ray.cluster_resources()['CPU'])\n"
+        "here = pathlib.Path.cwd()\n"
+        "assert pathlib.Path(loopfm_ray.__file__).is_relative_to(here), loopfm_ray.__file__\n"
+        "inside = ray.remote(lambda: __import__('loopfm_ray').__file__)\n"
+        "assert pathlib.Path(ray.get(inside.remote())).exists()\n"
+        "assert not (here / '.git').exists() and not (here / 'runs').exists()\n"
+        "pathlib.Path(sys.argv[1]).write_text('done')\n"
+    )
+    lines: list[str] = []
+    result = submit(
+        ["-c", program, str(result_file)], head, entrypoint=("python",), on_log=lines.append
+    )
+    assert result.status == "SUCCEEDED", (result.message, lines)
+    assert result.exit_code == 0
+    assert result_file.read_text() == "done"
+    assert "cpus 8" in "".join(lines)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_exit_code_of_a_failed_job_is_returned(head):
+    result = submit(
+        ["-c", "import sys; sys.exit(3)"], head, entrypoint=("python",), on_log=lambda _: None
+    )
+    assert (result.status, result.exit_code) == ("FAILED", 3)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_an_address_without_a_head_is_a_job_error():
+    with pytest.raises(JobError, match="ray start --head"):
+        submit(["-c", "pass"], f"http://127.0.0.1:{free_ports(1)[0]}")

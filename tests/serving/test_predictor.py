@@ -1,0 +1,260 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.errors import BundleError, StoreError
+from loopfm_ray.serving.api import create_api
+from loopfm_ray.serving.bundle import load_bundle
+from loopfm_ray.serving.contract import RequestError, ScoreQuery
+from loopfm_ray.serving.features import FeatureBuilder, read_history
+from loopfm_ray.serving.predictor import Predictor, load_predictor
+from loopfm_ray.store.codes import decode
+from loopfm_ray.store.online import MemoryStore, UserHistory
+from loopfm_ray.store.publish import load_memory
+from loopfm_ray.types import MICROS_PER_DAY
+from tests.serving.world import CODE, FM_STOP, MAX_LEN, STOP, write_latents
+
+TS = STOP - MICROS_PER_DAY
+PAST = {"past_count_item": 0.0, "past_recency_item": 0.5}
+
+
+def query(items=("i1", "i2", "i3"), user="u1", ts=TS, **context):
+    return ScoreQuery(user, ts, tuple(items), {**PAST, **context})
+
+
+@pytest.fixture(scope="module")
+def bundle(world):
+    return load_bundle(world.bundle)
+
+
+@pytest.fixture
+def store(world):
+    return load_memory(world.latents, PreparedData.open(world.prepared).users.keys)
+
+
+@pytest.fixture
+def predictor(bundle, store):
+    return Predictor(bundle, store)
+
+
+class FailingStore:
+    def __init__(self, like):
+        self.version, self.meta = like.version, like.meta
+
+    def get_many(self, keys):
+        raise StoreError("timed out")
+
+    def close(self):
+        pass
+
+
+def test_order_of_items_is_the_order_of_scores(predictor):
+    items = [f"i{n}" for n in range(30)]
+    forward = predictor.score(query(items)).probs
+    backward = predictor.score(query(items[::-1])).probs
+    assert len(set(forward.tolist())) == 30
+    np.testing.assert_allclose(forward, backward[::-1], atol=1e-7)
+    alone = [predictor.score(query([item])).probs[0] for item in items]
+    np.testing.assert_allclose(forward, alone, atol=1e-7)
+
+
+def test_unknown_items_share_one_default_and_are_counted(predictor):
+    scored = predictor.score(query(["new-1", "i1", "new-2", "new-1"]))
+    assert scored.features.num_unknown_items == 3
+    assert len({scored.probs[n] for n in (0, 2, 3)}) == 1
+    assert predictor.counters.unknown_items == 3
+
+
+def test_an_unknown_user_is_scored_without_history_and_says_so(predictor):
+    answer = predictor.respond(query(user="nobody"), "r")
+    assert answer.features.unknown_user
+    assert answer.features.degraded
+    assert answer.features.reason == "not_in_store"
+    assert answer.features.history_len == 0
+    assert answer.features.age_s is None
+    assert predictor.counters.unknown_users == predictor.counters.history_misses == 1
+
+
+def test_history_enters_the_score_and_is_described(predictor, bundle, store):
+    answer = predictor.respond(query(), "r")
+    assert answer.features.history_len == MAX_LEN
+    assert not answer.features.degraded
+    assert answer.features.age_s > 0
+    assert answer.features.version == store.version
+    assert answer.features.snapshot_id == "snap"
+    empty = Predictor(bundle, MemoryStore({}, store.version, store.meta))
+    assert not np.allclose(empty.score(query()).probs, answer.scores)
+
+
+def test_before_anything_is_visible_the_reason_says_so(predictor):
+    answer = predictor.respond(query(ts=FM_STOP), "r")
+    assert answer.features.reason == "nothing_visible"
+    assert not answer.features.unknown_user
+
+
+def test_an_event_at_request_time_is_not_visible(bundle):
+    codes = np.arange(3 * CODE.num_bytes, dtype=np.uint8).reshape(3, -1)
+    ts = np.asarray([TS - 5, TS - 1, TS], dtype=np.int64)
+    found = UserHistory(ts, ts, codes, True)
+    read = read_history(found, bundle.spec.history, TS, 4)
+    assert read.length == 2
+    assert read.age_s == pytest.approx(1e-6)
+    np.testing.assert_array_equal(read.history.latents[0].numpy(), decode(codes[:2], CODE))
+    late = UserHistory(ts, ts + 3, codes, True)
+    assert read_history(late, bundle.spec.history, TS, 4).length == 1
+
+
+def test_a_history_cut_in_the_store_is_degraded_only_when_it_is_too_short(bundle):
+    def found(size, is_complete):
+        ts = TS - np.arange(size, 0, -1, dtype=np.int64)
+        return UserHistory(ts, ts, np.zeros((size, CODE.num_bytes), np.uint8), is_complete)
+
+    pin = bundle.spec.history
+    assert read_history(found(3, False), pin, TS, 1).reason == "cut_in_store"
+    assert read_history(found(MAX_LEN, False), pin, TS, 1).reason is None
+    assert read_history(found(3, True), pin, TS, 1).reason is None
+
+
+def test_a_failing_store_degrades_and_is_counted(bundle, store):
+    predictor = Predictor(bundle, FailingStore(store))
+    answer = predictor.respond(query(), "r")
+    assert answer.features.reason == "store_failed"
+    assert not answer.features.unknown_user
+    assert predictor.counters.store_failures == predictor.counters.history_misses == 1
+    empty = Predictor(bundle, MemoryStore({}, store.version, store.meta))
+    np.testing.assert_array_equal(answer.scores, empty.score(query()).probs)
+
+
+def test_fields_left_out_take_their_default_and_are_listed(predictor, bundle):
+    answer = predictor.respond(query(), "r")
+    assert set(answer.features.default_fields) == {"device", "shown", "tags"}
+    mean = next(field.mean for field in bundle.spec.schema.fields if field.name == "shown")
+    given = predictor.respond(query(shown=mean, tags=[], device="never seen"), "r")
+    np.testing.assert_allclose(given.scores, answer.scores, atol=1e-7)
+    assert given.features.default_fields == []
+    assert given.features.unknown_fields == ["device"]
+
+
+def test_every_field_moves_the_score(predictor):
+    base = predictor.score(query(device="d0", shown=300.0, tags=["t1"])).probs
+    for change in (
+        {"device": "d1"}, {"shown": 330}, {"tags": ["t1", "t2"]}, {"past_count_item": 2.0},
+        {"past_recency_item": [0.1, 0.2, 0.3]}, {"user": "u2"}, {"ts": TS - MICROS_PER_DAY},
+    ):  # fmt: skip
+        other = predictor.score(query(**{"device": "d0", "shown": 300.0, "tags": ["t1"], **change}))
+        assert not np.allclose(base, other.probs), change
+
+
+def test_only_the_last_keys_of_a_sequence_count(predictor, bundle):
+    long = ["t2"] * 10 + ["t1"] * bundle.spec.sequence_len
+    cut = predictor.score(query(tags=["t1"] * bundle.spec.sequence_len)).probs
+    np.testing.assert_array_equal(predictor.score(query(tags=long)).probs, cut)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ({"price": 1.0}, r"\['price'\] are unknown"),
+        ({"nothing": 1.0}, r"\['nothing'\] are unknown; the model reads \['device'"),
+        ({"hour": "3"}, "computed from request_ts"),
+        ({"device": 1.5}, "string or integer"),
+        ({"device": ["d1"]}, "string or integer"),
+        ({"shown": "1"}, "takes a number"),
+        ({"shown": [1.0]}, "1 numbers for 3 items"),
+        ({"shown": []}, "0 numbers for 3 items"),
+        ({"shown": ["1", "2", "3"]}, "takes a number"),
+        ({"shown": 1e300}, "too large"),
+        ({"tags": "t1"}, "list of strings"),
+        ({"tags": [1.0]}, "list of strings"),
+    ],
+)
+def test_context_that_does_not_fit_is_refused_by_name(predictor, context, message):
+    with pytest.raises(RequestError, match=message):
+        predictor.score(query(**context))
+    assert predictor.counters.refused == 1
+    assert predictor.counters.requests == 0
+
+
+def test_a_field_that_counts_the_past_has_no_default(predictor):
+    with pytest.raises(RequestError, match=r"past_count_item.*no default"):
+        predictor.score(ScoreQuery("u1", TS, ("i1",), {}))
+
+
+def test_another_latents_version_is_refused(world, bundle, store, tmp_path):
+    other = tmp_path / "latents"
+    prepared = PreparedData.open(world.prepared)
+    write_latents(prepared, other, snapshot="other")
+    with pytest.raises(BundleError, match=r"latents_version is .* trained with"):
+        Predictor(bundle, load_memory(other, prepared.users.keys))
+    with pytest.raises(BundleError, match="snapshot_id"):
+        Predictor(bundle, MemoryStore({}, store.version, {**store.meta, "snapshot_id": "x"}))
+    code = {**store.meta, "code_spec": replace(CODE, bits=8).to_tree()}
+    with pytest.raises(BundleError, match="code_spec"):
+        Predictor(bundle, MemoryStore({}, store.version, code))
+
+
+def test_a_vm_with_history_needs_a_store(world, bundle, tmp_path):
+    with pytest.raises(BundleError, match="give the online store"):
+        Predictor(bundle)
+    with pytest.raises(StoreError, match="nothing is published"):
+        load_predictor(world.bundle, tmp_path)
+
+
+def test_describe_names_versions_fields_and_limits(predictor, bundle):
+    body = predictor.describe()
+    assert body["model"]["version"] == bundle.version
+    assert body["features"]["version"] == bundle.spec.history.latents_version
+    sources = {field["name"]: field["source"] for field in body["fields"]}
+    assert sources["device"] == sources["past_count_item"] == "request"
+    assert sources["hour"] == "request_ts"
+    assert sources["item"] == sources["city"] == "bundle"
+    assert body["limits"]["items"] == 1000
+    assert body["counters"]["requests"] == 0
+
+
+def test_builder_gives_one_row_per_item_and_no_label(bundle):
+    batch = FeatureBuilder(bundle).build(query()).batch
+    assert batch.ids.shape == (3, len(bundle.spec.schema.categorical))
+    assert batch.label.sum() == 0
+
+
+@pytest.fixture(scope="module")
+def client(world, bundle):
+    store = load_memory(world.latents, PreparedData.open(world.prepared).users.keys)
+    return TestClient(create_api(Predictor(bundle, store), clock=lambda: TS))
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.lists(st.text(max_size=4), max_size=3) | st.lists(st.floats(), max_size=3)
+    | st.sampled_from(["d0", "t1", 300.0, 0])
+)  # fmt: skip
+NAMES = st.sampled_from(["device", "shown", "tags", "hour", *PAST, "other"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    user=st.text(max_size=5) | st.sampled_from(["u1", "u2"]),
+    items=st.lists(st.text(max_size=3) | st.sampled_from(["i1", "i2", "i90"]), max_size=4),
+    context=st.dictionaries(NAMES, VALUES, max_size=5),
+    ts=st.none() | st.integers(min_value=-1, max_value=2**63) | st.just(TS),
+    has_past=st.booleans(),
+)
+def test_no_request_makes_the_predictor_fail(client, user, items, context, ts, has_past):
+    body = {"user": user, "items": items, "context": {**(PAST if has_past else {}), **context}}
+    if ts is not None:
+        body["request_ts"] = ts
+    text = json.dumps(body)
+    response = client.post("/v1/score", content=text)
+    assert response.status_code in (200, 400, 422), response.text
+    if response.status_code == 200:
+        scores = response.json()["scores"]
+        assert len(scores) == len(items)
+        assert all(math.isfinite(score) and 0 <= score <= 1 for score in scores)
