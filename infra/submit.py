@@ -90,7 +90,12 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for key, value in environ.items()
         if key.startswith("AWS_") or key == "PYTHONPATH"
     }
-    return {"RAY_AUTH_MODE": environ.get("RAY_AUTH_MODE", DEFAULT_AUTH_MODE), **passed}
+    return {
+        "RAY_AUTH_MODE": environ.get("RAY_AUTH_MODE", DEFAULT_AUTH_MODE),
+        # the command names the same settings for its workers when it connects; Ray refuses that unless told to merge
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+        **passed,
+    }
 
 
 def submit(

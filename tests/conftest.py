@@ -78,7 +78,7 @@ def _wait_until(is_ready, process, log):
 def _stop(process):
     process.terminate()
     try:
-        process.wait(timeout=15)
+        process.wait(timeout=3)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -5,6 +5,9 @@ import torch
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
 
+# On tensors this small a second thread costs more than it gives.
+torch.set_num_threads(1)
+
 ITEM_FIELDS = ("item", "category")
 LATENT_DIM = 6
 

@@ -5,16 +5,18 @@ user and request time of a batch, and padded to the longest among them.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loopfm_ray.data.batch import Batch, History
 from loopfm_ray.data.prepared import EntityTable
+from loopfm_ray.data.runs import runs
 from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
 from loopfm_ray.errors import SchemaError
 from loopfm_ray.store.codes import CodeSpec, decode
@@ -33,58 +35,6 @@ __all__ = [
 # Any: pyarrow ships no types.
 Table = Any
 Ints = NDArray[np.int64]
-MovedT = TypeVar("MovedT", "History", "Batch")
-
-
-@dataclass(frozen=True)
-class History:
-    """The histories of a batch: G distinct ones, and which of them each row reads.
-
-    Attributes:
-        row: [B] int64, the history of each row.
-        mask: [G, L] bool; valid entries first, oldest to newest, padding after.
-        age_s: [G, L] float32, seconds from the event to the request; 0 at padding.
-        latents: [G, L, D] float32 or None; 0 at padding.
-        item_ids: [G, L, F_item] int64 or None: the item and its categorical fields; 0 at padding.
-    """
-
-    row: Tensor
-    mask: Tensor
-    age_s: Tensor
-    latents: Tensor | None = None
-    item_ids: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> "History":
-        """Return the same history on `device`."""
-        return _moved(self, device)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a model reads.
-
-    Attributes:
-        ids: [B, F] int64, columns are `schema.categorical`.
-        numeric: [B, F_num] float32, columns are `schema.numeric`.
-        sequences: by name, [B, S] int64, 0 is padding.
-        histories: by source, `raw` and `latent`.
-        label: [B, T] float32, columns are `schema.tasks`.
-        teacher_prob: [B] float32 or None.
-    """
-
-    ids: Tensor
-    numeric: Tensor
-    sequences: dict[str, Tensor]
-    histories: dict[str, History]
-    label: Tensor
-    teacher_prob: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch on `device`."""
-        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -171,7 +121,8 @@ class RawHistorySource:
         for members, (times, items) in _each_bucket(self._tables, bucket[owner]):
             event_ts[members] = times[rows[members]]
             met[members] = items[rows[members]]
-        item[mask] = np.where(met < len(self._fields), met, 0)
+        met[met >= len(self._fields)] = 0
+        item[mask] = met
         # row 0 of the item table is all 0, so padding takes the same gather
         ids = np.take(self._fields, item, axis=0)
         return Gathered(mask, _ages(mask, request_ts[owner] - event_ts), item_ids=ids)
@@ -321,7 +272,8 @@ class Collator:
             length = np.asarray(rows[f"{name}_len"], dtype=np.int64)
             # All empty histories are one.
             start = np.where(length > 0, rows[f"{name}_start"], -1)
-            bucket, request_ts = rows["bucket"], rows["event_ts"]
+            bucket = np.where(length > 0, rows["bucket"], -1)
+            request_ts = rows["event_ts"]
             first, row = _distinct(start, bucket, request_ts)
             found = source.gather(bucket[first], start[first], length[first], request_ts[first])
             item_ids = found.item_ids
@@ -337,17 +289,6 @@ class Collator:
         return out
 
 
-def _moved(value: MovedT, device: torch.device | str) -> MovedT:
-    def move(part: Any) -> Any:  # Any: a tensor, a history, a dictionary of them or None
-        if isinstance(part, dict):
-            return {name: move(inner) for name, inner in part.items()}
-        if isinstance(part, History):
-            return part.to(device)
-        return part if part is None else part.to(device, non_blocking=True)
-
-    return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
-
-
 def _distinct(
     start: Ints, bucket: NDArray[np.integer], request_ts: Ints
 ) -> tuple[NDArray[np.intp], Ints]:
@@ -355,7 +296,7 @@ def _distinct(
 
     A slice that is not empty belongs to one user, and with the request time it says how long it is.
     """
-    order = np.lexsort((request_ts, bucket, start))
+    order = np.lexsort((request_ts, start, bucket))
     ranked = start[order]
     starts = np.ones(len(order), dtype=bool)
     differs = np.zeros(max(len(order) - 1, 0), dtype=bool)
@@ -382,16 +323,15 @@ def _positions(
 
 def _each_bucket(
     tables: Mapping[int, tuple[NDArray[Any], NDArray[Any]]], bucket: NDArray[np.integer]
-) -> list[tuple[NDArray[np.intp], tuple[NDArray[Any], NDArray[Any]]]]:
-    """Return, for each bucket met, which cells it has and its columns."""
-    if not len(bucket):
-        return []
+) -> Iterator[tuple[slice | NDArray[np.intp], tuple[NDArray[Any], NDArray[Any]]]]:
+    """Yield, for each bucket met, which cells it has and its columns."""
+    if np.all(bucket[1:] >= bucket[:-1]):  # as the collator asks: cells of a bucket are neighbours
+        for value, start, stop in runs(bucket):
+            yield slice(start, stop), tables[value]
+        return
     order = np.argsort(bucket, kind="stable")
-    values, first = np.unique(bucket[order], return_index=True)
-    return [
-        (members, tables[int(value)])
-        for value, members in zip(values, np.split(order, first[1:]), strict=True)
-    ]
+    for value, start, stop in runs(bucket[order]):
+        yield order[start:stop], tables[value]
 
 
 def _ages(mask: NDArray[np.bool_], age_us: Ints) -> NDArray[np.float32]:

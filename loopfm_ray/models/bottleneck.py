@@ -29,6 +29,9 @@ _MIN_STD = 1e-4
 _MAX_NORMAL = 8.0
 
 
+Metric = Literal["spread", "gradient"]
+
+
 class BottleneckConfig(Config):
     """A Matryoshka autoencoder that starts as whitened principal components."""
 
@@ -39,6 +42,9 @@ class BottleneckConfig(Config):
     """Leading parts of the latent that must be usable alone, rising; the last is `latent_dim`."""
     hidden: NonNegativeInt = 0
     """Width of a hidden layer beside the linear encoder; 0 is linear."""
+    metric: Metric = "gradient"
+    """What a dimension of the embedding counts: `spread` counts all alike, `gradient` counts by how much the FM's
+    logit moves with it."""
     spread: PositiveFloat = 2.5
     """Standard deviations of a component that the straight part of the tanh covers."""
     predict_weight: NonNegativeFloat = 0.0
@@ -66,16 +72,18 @@ class EmbeddingChunk(NamedTuple):
     """[B, D] FM embeddings."""
     target: Tensor | None = None
     """[B] FM probabilities; needed with `predict_weight`."""
+    sensitivity: Tensor | None = None
+    """[D] from `FoundationModel.sensitivity`; needed with the metric `gradient` on some chunk."""
 
 
 class Bottleneck(nn.Module):
-    """Standardise, linear map (plus a hidden layer), tanh; one linear decoder per prefix.
+    """Standardise, weigh, linear map (plus a hidden layer), tanh; one linear decoder per prefix.
 
-    The embedding's gradient is stopped: a bottleneck never trains the FM. Each decoder gives the standardised
-    embedding, so that no wide dimension drowns the others.
+    The embedding's gradient is stopped: a bottleneck never trains the FM. Each decoder gives the standardised and
+    weighted embedding, so that what the FM does not use takes no room in the latent.
 
-    Source: LoopFM, arXiv 2605.29280, stage 2. The start from principal components and the standardised target are
-    ours; the paper is silent on both.
+    Source: LoopFM, arXiv 2605.29280, stage 2. The start from principal components and the weighing by the logit's
+    slope are ours; the paper is silent on both.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class Bottleneck(nn.Module):
         hidden: int = 0,
         spread: float = 2.5,
         predict_weight: float = 0.0,
+        metric: Metric = "spread",
     ) -> None:
         super().__init__()
         if latent_dim > in_dim:
@@ -94,9 +103,10 @@ class Bottleneck(nn.Module):
                 " lower it or take a wider embedding_layer"
             )
         self.in_dim, self.latent_dim, self.prefixes = in_dim, latent_dim, tuple(prefixes)
-        self.spread, self.predict_weight = spread, predict_weight
+        self.spread, self.predict_weight, self.metric = spread, predict_weight, metric
         self.register_buffer("mean", torch.zeros(in_dim))
         self.register_buffer("std", torch.ones(in_dim))
+        self.register_buffer("weight", torch.ones(in_dim))
         self.encoder = nn.Linear(in_dim, latent_dim)
         self.hidden = (
             nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, latent_dim))
@@ -108,11 +118,12 @@ class Bottleneck(nn.Module):
 
     mean: Tensor
     std: Tensor
+    weight: Tensor
 
     def standardise(self, embedding: Tensor) -> Tensor:
-        """Return [B, D] with mean 0 and spread 1 per dimension, without gradient."""
+        """Return [B, D] with mean 0 and the weight of each dimension as its spread, without gradient."""
         normal = (embedding.detach().float() - self.mean) / self.std
-        return normal.clamp(-_MAX_NORMAL, _MAX_NORMAL)
+        return normal.clamp(-_MAX_NORMAL, _MAX_NORMAL) * self.weight
 
     def encode(self, embedding: Tensor) -> Tensor:
         """Return latents [B, latent_dim] in [-1, 1] of FM embeddings [B, D]."""
@@ -149,11 +160,15 @@ class Bottleneck(nn.Module):
         return total
 
     @torch.no_grad()
-    def initialise(self, sample: Tensor) -> None:
-        """Set mean and spread, and start as whitened principal components, from embeddings [N, D].
+    def initialise(self, sample: Tensor, sensitivity: Tensor | None = None) -> None:
+        """Set mean, spread and weights, and start as whitened principal components.
+
+        Args:
+            sample: [N, D] embeddings.
+            sensitivity: [D] mean square slope of the FM's logit; none weighs all dimensions alike.
 
         Raises:
-            DataError: fewer than two rows.
+            DataError: fewer than two rows, or a logit that does not depend on the embedding.
         """
         if len(sample) < 2:
             raise DataError(f"a bottleneck starts from at least 2 embeddings, found {len(sample)}")
@@ -161,6 +176,8 @@ class Bottleneck(nn.Module):
         self.mean.copy_(sample.mean(0))
         std = sample.std(0)
         self.std.copy_(torch.where(std > _MIN_STD, std, 1.0))
+        if sensitivity is not None:
+            self.weight.copy_(_weights(std, sensitivity))
         normal = self.standardise(sample).double()
         values, vectors = torch.linalg.eigh(normal.T @ normal / len(normal))
         components = vectors.flip(1)[:, : self.latent_dim]
@@ -189,7 +206,17 @@ def build_bottleneck(config: BottleneckConfig, in_dim: int) -> Bottleneck:
         config.hidden,
         config.spread,
         config.predict_weight,
+        config.metric,
     )
+
+
+def _weights(std: Tensor, sensitivity: Tensor) -> Tensor:
+    """Return [D] how far the logit moves when a dimension moves by its spread, scaled to a mean square of 1."""
+    reach = std * sensitivity.float().sqrt()
+    size = reach.square().mean().sqrt()
+    if not bool(size > 0):
+        raise DataError("the FM's logit does not depend on the embedding_layer; choose another one")
+    return reach / size
 
 
 def fit_bottleneck(
@@ -215,7 +242,15 @@ def fit_bottleneck(
             break
     if not buffered:
         raise DataError("a bottleneck needs a stream of embeddings, found none; check the split")
-    bottleneck.initialise(torch.cat([chunk.embedding for chunk in buffered]))
+    slopes = [chunk.sensitivity for chunk in buffered if chunk.sensitivity is not None]
+    if bottleneck.metric == "gradient" and not slopes:
+        raise DataError(
+            "bottleneck.metric gradient needs the FM's sensitivity, found none; set it to spread"
+        )
+    bottleneck.initialise(
+        torch.cat([chunk.embedding for chunk in buffered]),
+        torch.stack(slopes).mean(0) if bottleneck.metric == "gradient" else None,
+    )
     optimizer = torch.optim.Adam(bottleneck.parameters(), lr=lr)
     losses = []
     for chunk in chain(buffered, chunks):
@@ -244,7 +279,7 @@ class ChannelReport:
     latent_dim: int
     bits: int
     variance_explained: dict[str, float]
-    """Share of the standardised embedding's variance kept by `latent`, by its `code`, and by `prefix_<n>`."""
+    """Share of the standardised and weighted embedding's variance kept by `latent`, by its `code`, and by `prefix_<n>`."""
     share_zero_codes: float
     """Share of codes that are 0: near 1, the code's range is too wide for the latents."""
 

@@ -31,6 +31,7 @@ class FeatureInput(nn.Module):
         )
         self.sequence_names = tuple(field.name for field in schema.sequences)
         self.out_dim = len(tables) * embed_dim + len(schema.numeric)
+        self.numeric_columns = slice(len(tables) * embed_dim, self.out_dim)
         names = [field.name for field in schema.categorical]
         self.register_buffer("offsets", self.embeddings.offsets(names), persistent=False)
         self.register_buffer(

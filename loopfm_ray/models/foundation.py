@@ -104,17 +104,42 @@ class FoundationModel(nn.Module):
         Raises:
             ShapeError: the FM reads the raw history and the batch has none.
         """
-        embedding = self.features(batch)
-        if self.encoder is not None and self.events is not None:
-            history = need_history(batch, "raw")
-            values = self.events(self.features.embeddings, history.item_ids)
-            embedding = torch.cat([embedding, self.encoder(embedding, values, history)], -1)
+        return self._score(torch.cat(self._inputs(batch), -1))
+
+    def sensitivity(self, batch: Batch, layer: str) -> Tensor:
+        """Return [D_l]: the mean square, over rows, of the first logit's slope in each number of a layer.
+
+        The slope of a field in the layer `embedding` takes its way through the query of the history along. The numeric
+        fields of that layer count 0: they compare the past with this one candidate, and say little later.
+        """
+        self.layer_dim(layer)
+        with torch.enable_grad():
+            inputs = [
+                part if part.requires_grad else part.requires_grad_()
+                for part in self._inputs(batch)
+            ]
+            output = self._score(torch.cat(inputs, -1))
+            ends = inputs if layer == "embedding" else [output.layers[layer]]
+            slopes = torch.autograd.grad(output.logit[:, 0].sum(), ends)
+        result = torch.cat(slopes, -1).square().mean(0)
+        if layer == "embedding":
+            result[self.features.numeric_columns] = 0.0
+        return result
+
+    def _inputs(self, batch: Batch) -> list[Tensor]:
+        fields = self.features(batch)
+        if self.encoder is None or self.events is None:
+            return [fields]
+        history = need_history(batch, "raw")
+        values = self.events(self.features.embeddings, history.item_ids)
+        return [fields, self.encoder(fields, values, history)]
+
+    def _score(self, embedding: Tensor) -> FmOutput:
         hidden = self.mlp.forward_all(embedding)
         top = hidden[-1] if hidden else embedding
         if self.cross is not None:
             top = torch.cat([top, self.cross(embedding)], -1)
-        layers = dict(zip(self._dims, [embedding, *hidden], strict=True))
-        return FmOutput(self.head(top), layers)
+        return FmOutput(self.head(top), dict(zip(self._dims, [embedding, *hidden], strict=True)))
 
 
 def build_fm(

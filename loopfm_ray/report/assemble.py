@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loopfm_ray.errors import MetricError
-from loopfm_ray.metrics.transfer import transfer_ratio
+from loopfm_ray.metrics.transfer import relative_gain, transfer_ratio_first_launch
 
-__all__ = ["assemble_models", "relative_gain", "seed_models"]
+__all__ = ["assemble_models", "seed_models"]
 
 # Any below: JSON.
 Record = Mapping[str, Any]
@@ -22,10 +22,10 @@ def seed_models(records: Sequence[Record], baseline: str) -> dict[str, Any]:
     for name, record in by_name.items():
         if name not in ("fm", baseline):
             try:
-                ratios[name] = transfer_ratio(
-                    by_name[baseline]["test"]["ne"],
-                    record["test"]["ne"],
-                    by_name["fm"]["test"]["ne"],
+                ratios[name] = transfer_ratio_first_launch(
+                    ne_vm=by_name[baseline]["test"]["ne"],
+                    ne_vm_transfer=record["test"]["ne"],
+                    ne_fm=by_name["fm"]["test"]["ne"],
                 )
             except MetricError:
                 ratios[name] = (
@@ -70,7 +70,7 @@ def assemble_models(
         name: {
             "ne": base["ne"] - model["test"]["ne"],
             "auc": model["test"]["auc"] - base["auc"],
-            "auc_relative": relative_gain(model["test"]["auc"], base["auc"]),
+            "auc_relative": _relative_auc(base["auc"], model["test"]["auc"]),
         }
         for name, model in models.items()
         if name != baseline
@@ -81,15 +81,12 @@ def assemble_models(
         "gain": gain,
         "transfer_ratio": _ratios(per_seed),
         "transfer_ratio_kind": _FIRST_LAUNCH.format(baseline),
-        "relative_auc_gain_over_kd": relative_gain(
-            models[best]["test"]["auc"], models[kd]["test"]["auc"]
-        ),
+        "relative_auc_gain_over_kd": _relative_auc(models[kd]["test"]["auc"], models[best]["test"]["auc"]),
     }
 
 
-def relative_gain(value: float, base: float) -> float:
-    """Return by what share of `base` the `value` is larger."""
-    return value / base - 1.0
+def _relative_auc(base: float, value: float) -> float:
+    return relative_gain(base, value, is_lower_better=False)
 
 
 def _ratios(per_seed: Mapping[str, Any]) -> dict[str, float | None]:

@@ -299,8 +299,9 @@ def _query(
             continue
         values = rows[field.name]
         if field.kind == Kind.NUMERIC:
-            numbers = values[index].astype(np.float64) * field.std + field.mean
-            context[field.name] = [float(number) for number in numbers]
+            numbers = (values[index].astype(np.float64) * field.std + field.mean).tolist()
+            is_same = len(set(numbers)) == 1
+            context[field.name] = numbers[0] if is_same else numbers
         elif field.kind == Kind.SEQUENCE:
             keys = ["", *prepared.vocabulary(field.name).keys]
             ids = np.trim_zeros(values[first], "b").tolist()

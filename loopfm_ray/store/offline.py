@@ -131,13 +131,21 @@ class LatentsWriter:
         """Where shards wait for `finish`."""
         return self.final_dir.parent / f".{self.final_dir.name}.work-{self.key}"
 
-    def begin(self) -> None:
-        """Make the work directory and clear those of other keys; call it once, in the driver."""
-        with disk_errors(self.final_dir.parent):
-            self.work_dir.mkdir(parents=True, exist_ok=True)
-        for other in self.final_dir.parent.glob(f".{self.final_dir.name}.work-*"):
-            if other != self.work_dir:
-                shutil.rmtree(other)
+    def begin(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
+        """Clear what killed runs and other inputs left; call it once, in the driver, before any `write`.
+
+        Args:
+            shards: all `(period, bucket)` of the version.
+
+        Returns:
+            the manifest, if the version of these shards is already there; then nothing is left to do.
+        """
+        recover(self.final_dir)
+        done = self._finished(shards)
+        for folder in self.final_dir.parent.glob(f".{self.final_dir.name}.work-*"):
+            if done is not None or folder != self.work_dir:
+                shutil.rmtree(folder)
+        return done
 
     def completed(self, period: int, bucket: int) -> ShardStats | None:
         """Return the stats of a shard that is already whole, else None."""
@@ -150,13 +158,6 @@ class LatentsWriter:
             **{**tree, "sums": tuple(tree["sums"]), "squares": tuple(tree["squares"])}
         )
         return stats if stats.num_bytes == num_bytes else None
-
-    def finished(self) -> Manifest | None:
-        """Return the manifest under the final name if it was written from the same inputs, else None."""
-        if not (self.final_dir / MANIFEST).is_file():
-            return None
-        manifest = read_manifest(self.final_dir)
-        return manifest if manifest.config_hash == self.key else None
 
     def write(
         self, period: int, bucket: int, rows: Mapping[str, NDArray[Any]], latents: NDArray[Any]
@@ -248,11 +249,21 @@ class LatentsWriter:
         )
         with disk_errors(self.final_dir.parent):
             staged = self.work_dir / "data"
-            recover(self.final_dir)
             write_manifest(staged, manifest)
             manifest = install(staged, self.final_dir, replace_other=replace_other)
         shutil.rmtree(self.work_dir)
         return manifest
+
+    def _finished(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
+        """Return the manifest under the final name if it has these shards of the same inputs, else None."""
+        if not (self.final_dir / MANIFEST).is_file():
+            return None
+        manifest = read_manifest(self.final_dir)
+        paths = {entry.path for entry in manifest.files}
+        same = manifest.config_hash == self.key and paths == {
+            shard_path(*place) for place in shards
+        }
+        return manifest if same else None
 
     def _check(self, rows: Mapping[str, NDArray[Any]], latents: NDArray[Any]) -> None:
         needed = [

@@ -14,6 +14,8 @@ from loopfm_ray.train.snapshot import Snapshot
 
 __all__ = ["Embedded", "Embedder", "embedding_chunks"]
 
+_SENSITIVITY_BATCHES = 8
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -49,10 +51,12 @@ def embedding_chunks(
 ) -> Iterator[EmbeddingChunk]:
     """Yield embeddings and FM probabilities of batches: what a bottleneck is fitted on.
 
-    Give the rows that will be stored (events), of the time that the FM was trained on.
+    The first few also tell how sensitive the FM is to each number of the layer. Give the rows that will be stored
+    (events), of the time that the FM was trained on.
     """
     fm.eval()
-    for batch in batches:
+    for index, batch in enumerate(batches):
+        slopes = fm.sensitivity(batch, layer) if index < _SENSITIVITY_BATCHES else None
         with torch.no_grad():
             output = fm(batch)
-        yield EmbeddingChunk(output.layers[layer], torch.sigmoid(output.logit[:, 0]))
+        yield EmbeddingChunk(output.layers[layer], torch.sigmoid(output.logit[:, 0]), slopes)

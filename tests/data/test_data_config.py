@@ -32,7 +32,7 @@ BASE = {
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs/data").glob("*.yaml")), ids=lambda f: f.stem
+    "file", sorted((ROOT / "configs/pipeline").glob("*.yaml")), ids=lambda f: f.stem
 )
 def test_every_data_file_is_valid(file: Path) -> None:
     config = ADAPTER.validate_python(read_yaml(file)["data"])

@@ -67,3 +67,44 @@ def test_outlying_numbers_are_cut():
     batch = make_batch(schema=NUMERIC_SCHEMA)
     far, farther = (replace(batch, numeric=torch.full((12, 1), x)) for x in (1e3, 1e6))
     assert torch.equal(fm(far).logit, fm(farther).logit)
+
+
+def test_sensitivity_is_the_mean_square_slope():
+    torch.manual_seed(0)
+    fm, batch = build_fm(SMALL, SCHEMA, ITEM_FIELDS), make_batch()
+    for layer in ("hidden_0", "hidden_1"):
+        out = fm(batch)
+        (slope,) = torch.autograd.grad(out.logit[:, 0].sum(), out.layers[layer])
+        with torch.no_grad():  # it needs no outer graph
+            torch.testing.assert_close(fm.sensitivity(batch, layer), slope.square().mean(0))
+    assert all(parameter.grad is None for parameter in fm.parameters())
+    with pytest.raises(ConfigError):
+        fm.sensitivity(batch, "hidden_9")
+
+
+def test_sensitivity_of_a_field_takes_its_way_through_the_query_along():
+    torch.manual_seed(0)
+    fm, batch = build_fm(SMALL, SCHEMA, ITEM_FIELDS), make_batch()
+    found = fm.sensitivity(batch, "embedding")
+    assert found.shape == (fm.layer_dim("embedding"),)
+    assert not bool(found[fm.features.numeric_columns].any())
+    # By finite differences in one column of the item's embedding, shifted for the candidate alone.
+    column, step = 4, 1e-3
+    fields = fm.features(batch)
+
+    def logit(shift):
+        moved = fields.clone()
+        moved[:, column] += shift
+        history = batch.histories["raw"]
+        values = fm.events(fm.features.embeddings, history.item_ids)
+        embedding = torch.cat([moved, fm.encoder(moved, values, history)], -1)
+        return fm._score(embedding).logit[:, 0]
+
+    slope = (logit(step) - logit(-step)) / (2 * step)
+    assert found[column].item() == pytest.approx(slope.square().mean().item(), rel=0.02)
+
+
+def test_sensitivity_of_numbers_alone_is_zero():
+    fm, batch = build_fm(SMALL, NUMERIC_SCHEMA), make_batch(schema=NUMERIC_SCHEMA)
+    assert fm.sensitivity(batch, "embedding").tolist() == [0.0]
+    assert bool(fm.sensitivity(batch, "hidden_0").any())

@@ -58,6 +58,7 @@ def shard_rows(examples, period, bucket):
 
 def write_prepared(folder: Path, examples):
     with stage(folder) as staged:
+        (staged / "schema.json").write_text("{}")
         for bucket in range(NUM_BUCKETS):
             for period in range(NUM_PERIODS):
                 rows = shard_rows(examples, period, bucket)
@@ -100,7 +101,9 @@ SHARDS = tuple(
 
 def write_latents(folder: Path, examples, shards=SHARDS, **options):
     writer = make_writer(folder, **options)
-    writer.begin()
+    done = writer.begin(shards)
+    if done is not None:
+        return done
     for period, bucket in shards:
         write_shard(writer, examples, period, bucket)
     return writer.finish(shards, watermark_ts=PERIOD_US * NUM_PERIODS)

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -68,9 +69,12 @@ def test_this_checkout_is_small_enough_and_holds_no_data():
 def test_environment_of_a_job_is_named_settings_only():
     environ = {"AWS_REGION": "x", "PYTHONPATH": "/p", "SECRET": "s", "HOME": "/h"}
     assert job_environment(environ) == {
-        "AWS_REGION": "x", "PYTHONPATH": "/p", "RAY_AUTH_MODE": "disabled",
-    }  # fmt: skip
-    assert job_environment({"RAY_AUTH_MODE": "token"}) == {"RAY_AUTH_MODE": "token"}
+        "AWS_REGION": "x",
+        "PYTHONPATH": "/p",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+    }
+    assert job_environment({"RAY_AUTH_MODE": "token"})["RAY_AUTH_MODE"] == "token"
 
 
 def test_a_mistake_in_the_call_exits_2(monkeypatch):
@@ -108,7 +112,7 @@ def end_processes(text: str) -> None:
         for pid in pids_with(text):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 3
         while pids_with(text) and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -198,3 +202,22 @@ def test_exit_code_of_a_failed_job_is_returned(head):
 def test_an_address_without_a_head_is_a_job_error():
     with pytest.raises(JobError, match="ray start --head"):
         submit(["-c", "pass"], f"http://127.0.0.1:{free_ports(1)[0]}")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_pipeline_runs_as_a_job_and_leaves_its_summary(head, tmp_path):
+    lines: list[str] = []
+    arguments = [
+        "demo", "configs/pipeline/synthetic.yaml", "--json",
+        "--set", f"run_dir={tmp_path}", "--set", "name=job", "--set", "data.num_rows=4000",
+        "--set", "fm.learning.num_workers=1", "--set", "online.parity_requests=10",
+    ]  # fmt: skip
+    result = submit(arguments, head, on_log=lines.append)
+    assert result.exit_code == 0, "".join(lines)[-5000:]
+    summary = json.loads((tmp_path / "job" / "summary.json").read_text())
+    assert summary["audit"]["num_leaks"] == 0
+    assert summary["parity"]["max_abs_diff"] < 1e-5
+    assert (tmp_path / "job" / "report.html").is_file()
+    assert "vm_kd_loopfm" in summary["models"]

@@ -136,18 +136,17 @@ def write_latents(prepared: PreparedData, path: Path, snapshot: str = "snap") ->
     """Embed every example after FM_STOP as random numbers."""
     rng = np.random.default_rng(7)
     writer = LatentsWriter(path, snapshot, FM_STOP, CODE, 3600 * MICROS_PER_S, True, {})
-    writer.begin()
     columns = ["example_id", "user", "item", "event_ts", "label_ts", "is_event"]
-    shards = []
     span = TimeRange(FM_STOP + 1, STOP)
-    for file in prepared.examples.files(span):
-        rows = read_rows([file], span, columns=columns)
+    files = {(file.period, file.bucket): file for file in prepared.examples.files(span)}
+    parts = {place: read_rows([file], span, columns=columns) for place, file in files.items()}
+    parts = {place: rows for place, rows in parts.items() if len(rows["user"])}
+    writer.begin(list(parts))
+    for place, rows in parts.items():
         size = len(rows["user"])
-        if size:
-            rows["fm_prob"] = rng.random(size).astype(np.float32)
-            writer.write(file.period, file.bucket, rows, rng.normal(0, 0.5, (size, CODE.dim)))
-            shards.append((file.period, file.bucket))
-    writer.finish(shards, watermark_ts=STOP)
+        rows["fm_prob"] = rng.random(size).astype(np.float32)
+        writer.write(*place, rows, rng.normal(0, 0.5, (size, CODE.dim)))
+    writer.finish(list(parts), watermark_ts=STOP)
 
 
 def make_model(config: VmConfig, schema, latent_dim: int | None = None) -> VerticalModel:

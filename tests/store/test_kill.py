@@ -1,8 +1,8 @@
-"""Kill a writer at every file operation, run it again, and find the bytes of an undisturbed run."""
+"""Kill a writer at file operations all along its way, run it again, and find the bytes of an undisturbed run."""
 
+import json
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -10,127 +10,161 @@ from loopfm_ray.store.manifest import read_manifest, verify
 from loopfm_ray.store.publish import open_current
 from tests.oracles import worlds
 
-KILLED = 77
-
-# The hook dies before the n-th operation that changes files below the folder.
+# Runs `program(root)` in forks of one process that has imported all it needs: once undisturbed, to count the operations
+# that change files below the folder, then, for points spread over them and for the last few, where the commit is, in
+# folders of their own: once dying before that operation, then again to the end. Prints the points.
 DRIVER = """
-import os, sys
+import json, os, shutil, sys
 from pathlib import Path
 from tests.oracles import worlds
-import loopfm_ray.history.join, loopfm_ray.store.publish
+from loopfm_ray.history.join import write_joined
+from loopfm_ray.store import manifest
+from loopfm_ray.store.publish import publish
 
-root, stop_at = Path(sys.argv[1]), int(sys.argv[2])
-count = 0
-def hook(event, arguments):
-    global count
-    if event not in {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}:
+base = Path(sys.argv[1])
+manifest.code_version = lambda: "test"
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+
+
+def fork(function, root, stop_at):
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == (77 if stop_at else 0), (root, stop_at, code)
         return
-    if not str(arguments[0]).startswith(str(root)):
-        return
-    count += 1
-    if count == stop_at:
-        os._exit(77)
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event in EVENTS and str(arguments[0]).startswith(str(root)):
+            count += 1
+            if count == stop_at:
+                os._exit(77)
+
+    status = 1
+    try:
+        sys.addaudithook(hook)
+        function(root)
+        (base / "count").write_text(str(count))
+        status = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(setup, program):
+    base.mkdir()
+    fork(setup, base / "start", 0)
+    (base / "start").mkdir(exist_ok=True)
+    shutil.copytree(base / "start", base / "whole")
+    fork(program, base / "whole", 0)
+    total = int((base / "count").read_text())
+    points = {1 + step * total // 12 for step in range(12)} | set(range(max(total - 9, 1), total + 1))
+    for stop_at in sorted(points):
+        shutil.copytree(base / "start", base / f"{stop_at}-killed")
+        fork(program, base / f"{stop_at}-killed", stop_at)
+        shutil.copytree(base / f"{stop_at}-killed", base / f"{stop_at}-again")
+        fork(program, base / f"{stop_at}-again", 0)
+    print(json.dumps(sorted(points)))
+
+
 examples = worlds.make_examples(num_rows=120)
+
+
+def nothing(root):
+    pass
 """
 
 MATERIALIZE = """
-sys.addaudithook(hook)
-writer = worlds.make_writer(root / "latents")
-if writer.finished() is None:
+def program(root):
     worlds.write_latents(root / "latents", examples)
-print(count)
-"""
 
-JOIN = """
-if not (root / "prepared").exists():
-    worlds.write_prepared(root / "prepared", examples)
-    worlds.write_latents(root / "latents", examples)
-sys.addaudithook(hook)
-loopfm_ray.history.join.write_joined(
-    root / "prepared", root / "latents", root / "joined", worlds.REQUESTS, worlds.SETTINGS
-)
-print(count)
-"""
-
-PUBLISH = """
-from loopfm_ray.store.publish import publish
-if not (root / "one").exists():
-    worlds.write_latents(root / "zero", examples, snapshot_id="zero")
-    worlds.write_latents(root / "one", examples, snapshot_id="one")
-    worlds.write_latents(root / "two", examples, snapshot_id="two")
-    publish(root / "zero", worlds.user_keys(), root / "online")
-    publish(root / "one", worlds.user_keys(), root / "online")
-sys.addaudithook(hook)
-publish(root / "two", worlds.user_keys(), root / "online")
-print(count)
+main(nothing, program)
 """
 
 REPLACE = """
-if not (root / "latents").exists():
+def setup(root):
     worlds.write_latents(root / "latents", examples, snapshot_id="one")
-sys.addaudithook(hook)
-writer = worlds.make_writer(root / "latents", snapshot_id="two")
-if writer.finished() is None:
-    writer.begin()
-    worlds.write_shard(writer, examples, 1, 0)
-    writer.finish([(1, 0)], watermark_ts=0, replace_other=True)
-print(count)
+
+def program(root):
+    writer = worlds.make_writer(root / "latents", snapshot_id="two")
+    if writer.begin([(1, 0)]) is None:
+        worlds.write_shard(writer, examples, 1, 0)
+        writer.finish([(1, 0)], watermark_ts=0, replace_other=True)
+
+main(setup, program)
+"""
+
+JOIN = """
+def setup(root):
+    worlds.write_prepared(root / "prepared", examples)
+    worlds.write_latents(root / "latents", examples)
+
+def program(root):
+    write_joined(root / "prepared", root / "latents", root / "joined", worlds.REQUESTS, worlds.SETTINGS)
+
+main(setup, program)
+"""
+
+PUBLISH = """
+def setup(root):
+    for name in ("zero", "one", "two"):
+        worlds.write_latents(root / name, examples, snapshot_id=name)
+    publish(root / "zero", worlds.user_keys(), root / "online")
+    publish(root / "one", worlds.user_keys(), root / "online")
+
+def program(root):
+    publish(root / "two", worlds.user_keys(), root / "online")
+
+main(setup, program)
 """
 
 
-def run(program, root, stop_at):
-    """Return the exit code and output of the program, killed before operation `stop_at` (0: never)."""
+def kill_all_along(base, program):
+    """Return the bytes that an undisturbed run leaves, and the points where other runs were killed."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DRIVER + program), str(root), str(stop_at)],
+        [sys.executable, "-c", DRIVER + program, str(base)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode in (0, KILLED), done.stderr
-    return done.returncode, done.stdout
-
-
-def kill_points(total, count):
-    """Return `count` operations spread over all, with the first and last few, where the commit is."""
-    spread = {1 + step * total // count for step in range(count)}
-    return sorted(spread | set(range(max(total - 5, 1), total + 1)))
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)
+    assert len(points) > 10
+    return worlds.tree_bytes(base / "whole"), points
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "name"), [(MATERIALIZE, "latents"), (JOIN, "joined"), (REPLACE, "latents")]
+    ("program", "name"),
+    [
+        pytest.param(MATERIALIZE, "latents", id="materialize"),
+        pytest.param(REPLACE, "latents", id="replace"),
+        pytest.param(JOIN, "joined", id="join"),
+    ],
 )
 def test_killed_writer_shows_no_half_version_and_completes(tmp_path, program, name):
-    code, output = run(program, tmp_path / "whole", 0)
-    assert code == 0
-    want = worlds.tree_bytes(tmp_path / "whole")
-    for stop_at in kill_points(int(output), 8):
-        root = tmp_path / f"at-{stop_at}"
-        code, _ = run(program, root, stop_at)
-        assert code == KILLED, stop_at
-        if (root / name).exists():
-            verify(root / name)
-        assert run(program, root, 0)[0] == 0
-        assert worlds.tree_bytes(root) == want, stop_at
+    base = tmp_path / "base"
+    want, points = kill_all_along(base, program)
+    for point in points:
+        killed = base / f"{point}-killed" / name
+        if killed.exists():
+            verify(killed)
+        assert worlds.tree_bytes(base / f"{point}-again") == want, point
 
 
 @pytest.mark.slow
 def test_killed_publish_leaves_the_old_version_live_and_completes(tmp_path):
-    code, output = run(PUBLISH, tmp_path / "whole", 0)
-    assert code == 0
-    want = worlds.tree_bytes(tmp_path / "whole")
-    old = read_manifest(tmp_path / "whole" / "one").version
-    new = read_manifest(tmp_path / "whole" / "two").version
-    seen = set()
-    for stop_at in kill_points(int(output), 8):
-        root = tmp_path / f"at-{stop_at}"
-        assert run(PUBLISH, root, stop_at)[0] == KILLED
-        store = open_current(root / "online")
-        seen.add(store.version)
-        assert store.version in (old, new)
+    base = tmp_path / "base"
+    want, points = kill_all_along(base, PUBLISH)
+    old, new = (read_manifest(base / "whole" / name).version for name in ("one", "two"))
+    seen = []
+    for point in points:
+        store = open_current(base / f"{point}-killed" / "online")
         assert any(store.get_many(worlds.user_keys()))
-        store.close()
-        assert run(PUBLISH, root, 0)[0] == 0
-        assert worlds.tree_bytes(root) == want, stop_at
-        assert open_current(root / "online").version == new
-    assert seen == {old, new}
+        seen.append(store.version)
+        assert open_current(base / f"{point}-again" / "online", new).version == new
+        assert worlds.tree_bytes(base / f"{point}-again") == want, point
+    # the switch happens once, near the end
+    assert seen == [old] * seen.count(old) + [new] * seen.count(new)
+    assert set(seen) == {old, new}

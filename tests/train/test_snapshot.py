@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from loopfm_ray.errors import MetricError, StoreError
+from loopfm_ray.errors import StoreError
 from loopfm_ray.models.bottleneck import (
     BottleneckConfig,
     build_bottleneck,
@@ -13,8 +13,8 @@ from loopfm_ray.models.bottleneck import (
     fit_bottleneck,
 )
 from loopfm_ray.models.foundation import FmConfig, build_fm
-from loopfm_ray.store.codes import CodeSpec, decode
-from loopfm_ray.train.embed import Embedder, LatentStats, embedding_chunks
+from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.train.embed import Embedder, embedding_chunks
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, load_snapshot, save_snapshot
 from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
 
@@ -42,7 +42,7 @@ def snapshot():
     return Snapshot(fm.eval(), bottleneck.eval(), spec)
 
 
-def test_round_trip_gives_the_same_codes_and_bytes(snapshot, tmp_path):
+def test_round_trip_gives_the_same_latents_and_bytes(snapshot, tmp_path):
     manifest = save_snapshot(snapshot, tmp_path / "a", inputs={"prepared": "0" * 16}, num_rows=7)
     again = save_snapshot(snapshot, tmp_path / "b", inputs={"prepared": "0" * 16}, num_rows=7)
     assert manifest.version == again.version
@@ -50,8 +50,9 @@ def test_round_trip_gives_the_same_codes_and_bytes(snapshot, tmp_path):
     loaded = load_snapshot(tmp_path / "a")
     assert loaded.spec == snapshot.spec
     assert loaded.snapshot_id == snapshot.snapshot_id
+    assert loaded.version == manifest.version
     first, second = Embedder(snapshot)(make_batch()), Embedder(loaded)(make_batch())
-    np.testing.assert_array_equal(first.codes, second.codes)
+    np.testing.assert_array_equal(first.latents, second.latents)
     np.testing.assert_array_equal(first.fm_prob, second.fm_prob)
 
 
@@ -70,32 +71,25 @@ def test_embedding_equals_the_steps_by_hand(snapshot):
     result = Embedder(snapshot)(batch)
     out = snapshot.fm(batch)
     latent = snapshot.bottleneck.encode(out.layers["hidden_0"]).detach().numpy()
-    assert result.codes.shape == (12, 2)
-    assert result.codes.dtype == np.uint8
-    stored = decode(result.codes, snapshot.spec.code_spec)
-    step = np.array(snapshot.spec.code_spec.scale) / 8
-    inside = np.abs(latent) < step * 7
-    assert np.all((np.abs(stored - latent) <= step / 2 + 1e-6) | ~inside)
+    assert result.latents.shape == (12, 4)
+    np.testing.assert_allclose(result.latents, latent, atol=1e-6)
     np.testing.assert_allclose(result.fm_prob, torch.sigmoid(out.logit[:, 0]).detach(), rtol=1e-6)
-    fingerprint = result.stats.fingerprint()
-    np.testing.assert_allclose(fingerprint["mean"], latent.mean(0), atol=1e-6)
-    np.testing.assert_allclose(fingerprint["std"], latent.std(0), atol=1e-5)
-
-
-def test_latent_stats_add_up(snapshot):
-    parts = [Embedder(snapshot)(make_batch(seed=n)).stats for n in range(2)]
-    total = parts[0] + parts[1]
-    assert total.num_rows == 24
-    np.testing.assert_allclose(total.sum, parts[0].sum + parts[1].sum)
-    with pytest.raises(MetricError):
-        LatentStats(0, np.zeros(2), np.zeros(2)).fingerprint()
 
 
 def test_embedding_does_not_read_the_label(snapshot):
     batch = make_batch()
     other = replace(batch, label=1 - batch.label)
     first, second = Embedder(snapshot)(batch), Embedder(snapshot)(other)
-    np.testing.assert_array_equal(first.codes, second.codes)
+    np.testing.assert_array_equal(first.latents, second.latents)
+
+
+def test_another_snapshot_takes_the_place_and_keeps_its_record(snapshot, tmp_path):
+    first = save_snapshot(snapshot, tmp_path / "a", inputs={})
+    second = save_snapshot(
+        snapshot, tmp_path / "a", inputs={}, settings_hash="f" * 16, record={"seconds": 3}
+    )
+    assert first.version != second.version == load_snapshot(tmp_path / "a").version
+    assert (second.config_hash, second.meta["record"]) == ("f" * 16, {"seconds": 3})
 
 
 def test_damage_and_other_kinds_are_errors(snapshot, tmp_path):
