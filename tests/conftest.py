@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# shared machines stall: a slow example is no failure
+settings.register_profile("loopfm", deadline=None)
+settings.load_profile("loopfm")
 
 ACCESS_KEY = "loopfm-test"
 SECRET_KEY = "loopfm-test-secret"

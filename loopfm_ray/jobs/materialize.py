@@ -165,8 +165,8 @@ def _run(
         fn_constructor_args=(task,),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
-        max_restarts=_MAX_RESTARTS,
-        max_task_retries=_MAX_RESTARTS,
+        # Ray restarts an actor that dies for ever unless told otherwise
+        ray_remote_args_fn=lambda: {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RESTARTS},
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

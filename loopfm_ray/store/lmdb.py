@@ -3,6 +3,7 @@
 Readers share the page cache, take no lock and copy nothing; a version never changes once it is published.
 """
 
+import shutil
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -134,8 +135,12 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
                     transaction.put(name, record)
                     count += 1
             env.sync(True)
-        except lmdb.DiskError as error:
-            raise StoreError(f"writing {folder / FILE} failed: {error}; free some space") from error
+        except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
+            free = shutil.disk_usage(folder).free
+            raise StoreError(
+                f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
+                " free some space or choose another path, then publish again"
+            ) from error
         finally:
             env.close()
     return count

@@ -12,6 +12,7 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.history.asof import newest_visible
 from loopfm_ray.store import publish as publishing
 from loopfm_ray.store.codes import CodeSpec, encode
+from loopfm_ray.store.lmdb import LmdbStore, write_lmdb
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.online import visible_slice
@@ -317,8 +318,6 @@ def test_only_known_redis_versions_open(request, target):
 
 
 def test_a_directory_that_is_no_online_version_is_refused(world, tmp_path):
-    from loopfm_ray.store.lmdb import LmdbStore
-
     with pytest.raises(StoreError, match="expected 'online'"):
         LmdbStore(world / "one")
     publish(world / "one", KEYS, tmp_path / "live")
@@ -338,6 +337,12 @@ def test_a_closed_store_says_so(world, tmp_path):
     with pytest.raises(StoreError, match="is closed"):
         store.get_many(KEYS)
     assert other.get_many(KEYS)[1] is not None
+
+
+def test_records_that_do_not_fit_are_a_store_error(tmp_path):
+    records = [(f"user-{number}", b"x" * 1000) for number in range(1000)]
+    with pytest.raises(StoreError, match=r"failed: .* MiB free"):
+        write_lmdb(tmp_path, records, map_bytes=1 << 16)
 
 
 def test_keys_that_lmdb_can_not_hold_are_refused(world, tmp_path):
