@@ -94,7 +94,7 @@ class FmStageConfig(Config):
     model: FmConfig = FmConfig()
     learning: LearningConfig = LearningConfig(batch_rows=2048, num_workers=2)
     bottleneck: BottleneckConfig = BottleneckConfig()
-    embedding_layer: str = "hidden_0"
+    embedding_layer: str = "embedding"
     """The FM layer whose activation is the FM embedding."""
     bits: Annotated[int, Field(ge=2, le=16)] = 4
     """Bits of each number of a stored latent: 2, 4, 8 or 16."""

@@ -1,6 +1,7 @@
-"""The Serve application that `serve build serve.app:build_app` and the deployment files name.
+"""The Serve application that deployment files name as `serve.app:build_app`.
 
-Its arguments are those of `ServeConfig`: `serve run serve.app:build_app bundle=FOLDER online=FOLDER`.
+Its arguments are those of `ServeConfig`. With the project's root on the Python path of the cluster:
+`serve run serve.app:build_app bundle=FOLDER online=FOLDER`, or `serve deploy serve/vm.yaml`.
 """
 
 from ray.serve import Application

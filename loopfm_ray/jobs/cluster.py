@@ -47,7 +47,12 @@ def connect(config: RayConfig) -> Iterator[None]:
     """
     os.environ.update(local_environment())
     import ray  # after the settings: Ray reads some of them when it is imported
+    import ray.data
 
+    # Ray Data was perhaps imported before the settings were made, and then holds its defaults
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False
+    context.enable_progress_bars = False
     if ray.is_initialized():
         yield
         return

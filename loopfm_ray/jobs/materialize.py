@@ -52,7 +52,16 @@ def plan_shards(data: PreparedData, snapshot: Snapshot) -> tuple[TimeRange, list
             f" {max_ts}: there is nothing later to embed; add newer events or set data.split.fm_stop earlier"
         )
     time_range = TimeRange(snapshot.spec.trained_until_ts + 1, max_ts + 1)
-    return time_range, data.examples.files(time_range)
+    files = data.examples.files(time_range)
+    return time_range, [file for file in files if _has_rows(file, time_range)]
+
+
+def _has_rows(file: ExampleFile, time_range: TimeRange) -> bool:
+    """Return whether a file holds rows of the range; only those at its edges have to be looked into."""
+    span = file.period_range
+    if time_range.start_ts <= span.start_ts and span.stop_ts <= time_range.stop_ts:
+        return True
+    return len(read_rows([file], time_range, columns=["event_ts"])["event_ts"]) > 0
 
 
 class ShardEmbedder:
@@ -133,16 +142,11 @@ def materialize(
         waits_for_label=data.manifest.meta["history_events"] == "positives",
         inputs={"prepared": data.manifest.version, "snapshot": snapshot.version},
     )
-    finished = writer.finished()
+    task = MaterializeTask(prepared.absolute(), snapshot_dir.absolute(), time_range, writer)
+    shards = [(file.period, file.bucket) for file in files]
+    finished = writer.begin(shards)
     if finished is not None:
         return finished
-    writer.begin()
-    task = MaterializeTask(prepared.absolute(), snapshot_dir.absolute(), time_range, writer)
-    shards = [
-        (file.period, file.bucket)
-        for file in files
-        if data.examples.num_rows(time_range, [file.bucket])
-    ]
     todo = [place for place in shards if writer.completed(*place) is None]
     _run(task, todo, num_workers, progress)
     return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)

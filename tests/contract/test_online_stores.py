@@ -17,6 +17,7 @@ from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.online import visible_slice
 from loopfm_ray.store.publish import load_memory, open_current, publish
+from loopfm_ray.store.redis import RedisStore, connect
 from loopfm_ray.store.tables import code_bytes
 from tests.oracles import worlds
 
@@ -308,13 +309,10 @@ def test_redis_that_does_not_answer_is_a_store_error():
         open_current("redis://127.0.0.1:port/0")
 
 
-def test_only_known_redis_versions_open(request, target):
-    if not isinstance(target, str):
-        pytest.skip("for Redis alone")
-    from loopfm_ray.store.redis import RedisStore, connect
-
+@pytest.mark.redis
+def test_only_known_redis_versions_open(request):
     with pytest.raises(StoreError, match="holds no version nope"):
-        RedisStore(connect(target), "nope")
+        RedisStore(connect(flushed(request)), "nope")
 
 
 def test_a_directory_that_is_no_online_version_is_refused(world, tmp_path):

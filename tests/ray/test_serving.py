@@ -1,3 +1,4 @@
+import inspect
 import json
 import urllib.error
 import urllib.request
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
 from loopfm_ray.config import dump_yaml, load_config
 from loopfm_ray.data.prepared import PreparedData
@@ -124,6 +126,12 @@ def test_building_the_app_loads_nothing_and_starts_nothing():
     assert deployment.max_queued_requests == 5
 
 
+def test_serve_checks_arguments_against_the_config():
+    # Serve converts a mapping when the only parameter is annotated with a pydantic model
+    (parameter,) = inspect.signature(app_of_args).parameters.values()
+    assert parameter.annotation is ServeConfig
+
+
 def test_the_service_listens_on_loopback_by_default():
     assert ServeConfig(bundle="b").host == "127.0.0.1"
 
@@ -139,6 +147,7 @@ def test_deployment_files_hold_valid_arguments():
     assert files
     for file in files:
         tree = yaml.safe_load(file.read_text())
+        ServeDeploySchema.model_validate(tree)
         assert tree["http_options"]["host"] == "127.0.0.1"
         for app in tree["applications"]:
             assert app["import_path"] == "serve.app:build_app"

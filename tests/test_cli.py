@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from loopfm_ray import __version__
+from loopfm_ray.cli import app, find_config
+from loopfm_ray.errors import ConfigError
+
+VERBS = (
+    "demo prepare train-fm materialize join audit train-vm evaluate publish parity report serve config doctor"
+).split()
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "loopfm_ray.cli", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_verbs_are_as_documented():
+    assert sorted(command.name or command.callback.__name__ for command in app.registered_commands) == sorted(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb):
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_version():
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
+
+
+def test_config_prints_what_would_run():
+    result = CliRunner().invoke(app, ["config", "synthetic", "--set", "seeds=[3]"])
+    assert result.exit_code == 0
+    assert "name: synthetic" in result.output
+    assert "seeds:\n- 3\n" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["config", "--set", "nmae=x"], "nmae: Extra inputs are not permitted"),
+        (["config", "nowhere.yaml"], "nowhere.yaml"),
+        (["config", "nothing"], "there is no config 'nothing'"),
+        (["config", "--set", "novalue"], "--set takes KEY=VALUE"),
+    ],
+)
+def test_a_users_mistake_prints_one_message_and_exits_with_2(arguments, expected):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_stage_before_its_turn_says_which_one_to_run(tmp_path):
+    result = run("report", "synthetic", "--set", f"run_dir={tmp_path}")
+    assert result.returncode == 1
+    assert "loopfm" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_says_what_it_looked_at():
+    result = run("doctor", "--json")
+    names = [finding["name"] for finding in json.loads(result.stdout)]
+    assert {"python", "ray", "torch", "shared memory", "RAY_AUTH_MODE"} <= set(names)
+
+
+def test_a_config_is_found_by_name_and_by_path():
+    path = find_config("synthetic")
+    assert find_config(str(path)) == path
+    with pytest.raises(ConfigError, match="online_retail"):
+        find_config("nothing")
