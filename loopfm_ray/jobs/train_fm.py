@@ -137,6 +137,7 @@ def _dataset(data: PreparedData, job: FmJob, rank: int) -> Any:  # Any: Ray ship
         [str(file.path) for file in files],
         columns=_columns(collate),
         override_num_blocks=num_blocks,
+        partitioning=None,  # else `bucket=000` in a path replaces the column of that name
     )
 
 

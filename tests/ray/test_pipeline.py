@@ -1,0 +1,176 @@
+"""The whole loop on a small synthetic log, and what happens when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loopfm_ray.config import load_config
+from loopfm_ray.errors import StoreError
+from loopfm_ray.experiments import PipelineConfig, RayConfig
+from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.pipeline import run_pipeline, run_stages
+from loopfm_ray.store.manifest import read_manifest, verify
+
+SYNTHETIC = Path(__file__).parents[2] / "configs/pipeline/synthetic.yaml"
+SMALL = ["data.num_rows=6000", "data.num_users=60", "fm.learning.num_workers=2", "data.num_buckets=4"]
+
+
+def settings(folder, *more):
+    return load_config(PipelineConfig, SYNTHETIC, [f"run_dir={folder}", *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect(RayConfig()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, tmp_path_factory):
+    config = settings(tmp_path_factory.mktemp("run"))
+    return config, run_pipeline(config)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_loop_closes(finished):
+    config, summary = finished
+    assert list(summary["models"]) == ["fm", *config.vms]
+    for model in summary["models"].values():
+        assert {"ne", "auc", "gauc", "logloss", "calibration"} <= set(model["test"])
+        assert 0.4 < model["test"]["auc"] < 1
+    assert set(summary["transfer_ratio"]) == set(config.vms) - {"vm"}
+    assert summary["parity"]["max_abs_diff"] <= 1e-5
+    assert summary["parity"]["num_requests"] == config.online.parity_requests
+    assert summary["audit"]["num_leaks"] == 0
+    assert summary["audit"]["num_checked"] > 0
+    assert set(summary["seconds"]) >= {"prepare", "train-fm", "materialize", "join", "train-vm", "evaluate"}
+    scored = summary["scored_request"]
+    assert len(scored["response"]["scores"]) == len(scored["request"]["items"])
+    assert scored["response"]["model"]["name"] == "vm_kd_loopfm"
+    assert json.loads(config.paths.summary.read_text())["models"] == summary["models"]
+    assert config.paths.report.stat().st_size > 100_000
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_fm_sees_what_the_vm_can_not(finished):
+    _, summary = finished
+    models = summary["models"]
+    assert models["fm"]["test"]["auc"] > models["vm"]["test"]["auc"] + 0.02
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_every_version_is_whole_and_a_run_says_what_it_was_made_of(finished):
+    config, _ = finished
+    manifest = json.loads((config.paths.root / "manifest.json").read_text())
+    paths = {"prepared": config.paths.prepared, "bundle": config.paths.bundle}
+    paths |= {"seed=0/fm": config.paths.fm(0), "seed=0/latents": config.paths.latents(0)}
+    for name, path in paths.items():
+        verify(path)
+        assert manifest["versions"][name] == read_manifest(path).version
+    assert manifest["machine"]["num_cpus"] >= 1
+    assert load_config(PipelineConfig, config.paths.config) == config
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_second_run_finds_its_work_done_and_keeps_the_figures(finished):
+    config, summary = finished
+    before = {path: path.stat().st_mtime_ns for path in config.paths.root.rglob("*.safetensors")}
+    again = run_pipeline(config)
+    after = {path: path.stat().st_mtime_ns for path in config.paths.root.rglob("*.safetensors")}
+    kept = {path for path in before if "bundle" not in path.parts}
+    assert kept
+    assert {path: before[path] for path in kept} == {path: after[path] for path in kept}
+    assert again["models"] == summary["models"]
+    assert again["seconds"]["train-fm"] == summary["seconds"]["train-fm"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_changed_vm_retrains_that_vm_alone(finished):
+    config, _ = finished
+    changed = settings(config.run_dir, "vms.vm_kd.kd_weight=0.5")
+    before = {name: read_manifest(config.paths.vm(0, name)).version for name in config.vms}
+    run_stages(changed, "train-vm")
+    after = {name: read_manifest(config.paths.vm(0, name)).version for name in config.vms}
+    assert {name for name in before if before[name] != after[name]} == {"vm_kd"}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_a_stage_before_its_turn_says_which_to_run(cluster, tmp_path):
+    with pytest.raises(StoreError, match="loopfm prepare"):
+        run_stages(settings(tmp_path), "train-fm")
+
+
+def start(config_folder, verb, *more):
+    arguments = [f"run_dir={config_folder}", *SMALL, *more]
+    command = [sys.executable, "-m", "loopfm_ray.cli", verb, str(SYNTHETIC)]
+    for argument in arguments:
+        command += ["--set", argument]
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:] + out[-2000:]
+
+
+def kill_when(process, condition, timeout_s=240):
+    """Kill the driver and its cluster as soon as `condition` holds; return whether it was still at work."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_fm_training_goes_on_to_the_same_weights(tmp_path):
+    """The driver and all workers die at once after a checkpoint; the same command ends in the same bits."""
+    checkpoints = ["fm.learning.checkpoint_steps=3", "fm.learning.batch_rows=64"]
+    identities = []
+    for name in ("calm", "killed"):
+        folder = tmp_path / name
+        finish(start(folder, "prepare"))
+        if name == "killed":
+            root = folder / "synthetic"
+            process = start(folder, "train-fm", *checkpoints)
+            kill_when(process, lambda root=root: len(list(root.glob("work/fm-*/train/checkpoint_*"))) >= 2)
+            assert not (root / "seed=0/fm").exists()
+        finish(start(folder, "train-fm", *checkpoints))
+        manifest = read_manifest(folder / "synthetic/seed=0/fm")
+        identities.append(manifest.meta["snapshot_id"])
+    assert identities[0] == identities[1]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_materialize_leaves_nothing_half_visible_and_goes_on(finished):
+    config, _ = finished
+    root = config.paths.root
+    calm = read_manifest(config.paths.latents(0))
+    calm_files = {entry.path: entry.sha256 for entry in calm.files}
+    config.paths.latents(0).rename(root / "aside")
+    process = start(config.run_dir, "materialize")
+    work = root / "seed=0"
+    kill_when(process, lambda: len(list(work.glob(".latents.work-*/markers/*.json"))) >= 3)
+    assert not config.paths.latents(0).exists()
+    finish(start(config.run_dir, "materialize"))
+    again = read_manifest(config.paths.latents(0))
+    assert {entry.path: entry.sha256 for entry in again.files} == calm_files
+    assert again.version == calm.version
