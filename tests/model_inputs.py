@@ -57,7 +57,6 @@ def make_batch(num_rows=12, schema=SCHEMA, seed=0, lengths=(3, 0, 5)):
         histories={
             "raw": make_history(row, lengths, seed),
             "latent": make_history(row, lengths, seed + 1),
-            "item": make_history(row, [1] * len(lengths), seed + 2),
         },
         label=torch.randint(0, 2, (num_rows, len(schema.tasks)), generator=generator).float(),
         teacher_prob=torch.rand(num_rows, generator=generator),

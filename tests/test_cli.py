@@ -9,19 +9,38 @@ from loopfm_ray import __version__
 from loopfm_ray.cli import app, find_config
 from loopfm_ray.errors import ConfigError
 
-VERBS = (
-    "demo prepare train-fm materialize join audit train-vm evaluate publish parity report serve config doctor"
-).split()
+VERBS = [
+    "demo",
+    "prepare",
+    "train-fm",
+    "materialize",
+    "join",
+    "audit",
+    "train-vm",
+    "evaluate",
+    "publish",
+    "parity",
+    "report",
+    "serve",
+    "config",
+    "doctor",
+]
 
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "loopfm_ray.cli", *arguments], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", "loopfm_ray.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 
 def test_the_verbs_are_as_documented():
-    assert sorted(command.name or command.callback.__name__ for command in app.registered_commands) == sorted(VERBS)
+    assert sorted(
+        command.name or command.callback.__name__ for command in app.registered_commands
+    ) == sorted(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)

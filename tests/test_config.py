@@ -4,7 +4,14 @@ import pytest
 import yaml
 from pydantic import PositiveInt
 
-from loopfm_ray.config import Config, apply_overrides, config_hash, dump_yaml, load_config, read_yaml
+from loopfm_ray.config import (
+    Config,
+    apply_overrides,
+    config_hash,
+    dump_yaml,
+    load_config,
+    read_yaml,
+)
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import PipelineConfig
 
@@ -87,7 +94,11 @@ def test_overrides_leave_the_tree_as_it_was():
 
 
 def test_the_hash_follows_every_value():
-    hashes = {config_hash(Outer()), config_hash(Outer(name="y")), config_hash(Outer(inner=Inner(width=1)))}
+    hashes = {
+        config_hash(Outer()),
+        config_hash(Outer(name="y")),
+        config_hash(Outer(inner=Inner(width=1))),
+    }
     assert len(hashes) == 3
     assert config_hash(Outer()) == config_hash(Outer())
 

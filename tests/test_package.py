@@ -55,7 +55,11 @@ def test_nothing_served_can_unpickle():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
-                found += [f"{path}: {name}" for name in names if name.split(".")[0] in ("pickle", "dill", "shelve")]
+                found += [
+                    f"{path}: {name}"
+                    for name in names
+                    if name.split(".")[0] in ("pickle", "dill", "shelve")
+                ]
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 found += [] if keywords.get("weights_only") == "True" else [f"{path}: torch.load"]

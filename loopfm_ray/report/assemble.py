@@ -81,7 +81,9 @@ def assemble_models(
         "gain": gain,
         "transfer_ratio": _ratios(per_seed),
         "transfer_ratio_kind": _FIRST_LAUNCH.format(baseline),
-        "relative_auc_gain_over_kd": _relative_auc(models[kd]["test"]["auc"], models[best]["test"]["auc"]),
+        "relative_auc_gain_over_kd": _relative_auc(
+            models[kd]["test"]["auc"], models[best]["test"]["auc"]
+        ),
     }
 
 

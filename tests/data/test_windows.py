@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,7 +79,7 @@ def test_windows_hold_all_rows_in_time_order_of_windows():
     assert sorted(found) == list(range(1000))
     assert max(len(window["example_id"]) for window in windows) < 200 + 90
     edges = [(window["event_ts"].min(), window["event_ts"].max()) for window in windows]
-    assert all(first[1] <= second[0] for first, second in zip(edges, edges[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(edges))
 
 
 def test_the_seed_alone_decides_the_order():

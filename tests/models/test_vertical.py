@@ -63,26 +63,6 @@ def test_latents_take_a_prefix():
     assert not torch.equal(model(batch), model(with_history(batch, "latent", latents=changed)))
 
 
-@pytest.mark.parametrize("kind", ["latent", "raw", "both"])
-def test_the_item_latent_helps_the_query_and_nothing_else(kind):
-    model, batch = build(kind=kind, item_latent="query"), make_batch()
-    item = batch.histories["item"]
-    changed = with_history(batch, "item", latents=item.latents + 1.0)
-    differs = ~torch.isclose(model(batch), model(changed)).all(1)
-    has_history = batch.histories["latent"].mask.any(1)[batch.histories["latent"].row]
-    assert torch.equal(differs, has_history)
-    without = replace(batch, histories={n: batch.histories[n] for n in ("latent", "raw")})
-    with pytest.raises(ShapeError, match="'item'"):
-        model(without)
-
-
-def test_the_item_latent_as_a_feature_needs_no_history_of_the_user():
-    model, batch = build(kind="none", item_latent="feature"), make_batch()
-    item = batch.histories["item"]
-    changed = with_history(batch, "item", latents=item.latents + 1.0)
-    assert not torch.isclose(model(batch), model(changed)).all(1).any()
-
-
 @pytest.mark.parametrize("kind", ["latent", "raw"])
 @pytest.mark.parametrize("encoder", [AttentionConfig(has_mean=False), PoolConfig(kind="sum")])
 def test_row_order_changes_nothing(kind, encoder):

@@ -18,7 +18,12 @@ from loopfm_ray.jobs.pipeline import run_pipeline, run_stages
 from loopfm_ray.store.manifest import read_manifest, verify
 
 SYNTHETIC = Path(__file__).parents[2] / "configs/pipeline/synthetic.yaml"
-SMALL = ["data.num_rows=6000", "data.num_users=60", "fm.learning.num_workers=2", "data.num_buckets=4"]
+SMALL = [
+    "data.num_rows=6000",
+    "data.num_users=60",
+    "fm.learning.num_workers=2",
+    "data.num_buckets=4",
+]
 
 
 def settings(folder, *more):
@@ -33,7 +38,9 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def finished(cluster, tmp_path_factory):
-    config = settings(tmp_path_factory.mktemp("run"))
+    """The config as it ships: large enough for the FM to learn what it is there for."""
+    folder = tmp_path_factory.mktemp("run")
+    config = load_config(PipelineConfig, SYNTHETIC, [f"run_dir={folder}"])
     return config, run_pipeline(config)
 
 
@@ -50,7 +57,14 @@ def test_the_loop_closes(finished):
     assert summary["parity"]["num_requests"] == config.online.parity_requests
     assert summary["audit"]["num_leaks"] == 0
     assert summary["audit"]["num_checked"] > 0
-    assert set(summary["seconds"]) >= {"prepare", "train-fm", "materialize", "join", "train-vm", "evaluate"}
+    assert set(summary["seconds"]) >= {
+        "prepare",
+        "train-fm",
+        "materialize",
+        "join",
+        "train-vm",
+        "evaluate",
+    }
     scored = summary["scored_request"]
     assert len(scored["response"]["scores"]) == len(scored["request"]["items"])
     assert scored["response"]["model"]["name"] == "vm_kd_loopfm"
@@ -98,7 +112,9 @@ def test_a_second_run_finds_its_work_done_and_keeps_the_figures(finished):
 @pytest.mark.timeout(600)
 def test_a_changed_vm_retrains_that_vm_alone(finished):
     config, _ = finished
-    changed = settings(config.run_dir, "vms.vm_kd.kd_weight=0.5")
+    changed = load_config(
+        PipelineConfig, SYNTHETIC, [f"run_dir={config.run_dir}", "vms.vm_kd.kd_weight=0.5"]
+    )
     before = {name: read_manifest(config.paths.vm(0, name)).version for name in config.vms}
     run_stages(changed, "train-vm")
     after = {name: read_manifest(config.paths.vm(0, name)).version for name in config.vms}
@@ -113,7 +129,7 @@ def test_a_stage_before_its_turn_says_which_to_run(cluster, tmp_path):
 
 
 def start(config_folder, verb, *more):
-    arguments = [f"run_dir={config_folder}", *SMALL, *more]
+    arguments = [f"run_dir={config_folder}", *more]
     command = [sys.executable, "-m", "loopfm_ray.cli", verb, str(SYNTHETIC)]
     for argument in arguments:
         command += ["--set", argument]
@@ -142,17 +158,19 @@ def kill_when(process, condition, timeout_s=240):
 @pytest.mark.timeout(900)
 def test_a_killed_fm_training_goes_on_to_the_same_weights(tmp_path):
     """The driver and all workers die at once after a checkpoint; the same command ends in the same bits."""
-    checkpoints = ["fm.learning.checkpoint_steps=3", "fm.learning.batch_rows=64"]
+    small = [*SMALL, "fm.learning.checkpoint_steps=3", "fm.learning.batch_rows=64"]
     identities = []
     for name in ("calm", "killed"):
         folder = tmp_path / name
-        finish(start(folder, "prepare"))
+        finish(start(folder, "prepare", *small))
         if name == "killed":
             root = folder / "synthetic"
-            process = start(folder, "train-fm", *checkpoints)
-            kill_when(process, lambda root=root: len(list(root.glob("work/fm-*/train/checkpoint_*"))) >= 2)
+            process = start(folder, "train-fm", *small)
+            kill_when(
+                process, lambda root=root: len(list(root.glob("work/fm-*/train/checkpoint_*"))) >= 2
+            )
             assert not (root / "seed=0/fm").exists()
-        finish(start(folder, "train-fm", *checkpoints))
+        finish(start(folder, "train-fm", *small))
         manifest = read_manifest(folder / "synthetic/seed=0/fm")
         identities.append(manifest.meta["snapshot_id"])
     assert identities[0] == identities[1]

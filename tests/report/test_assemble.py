@@ -4,7 +4,14 @@ from loopfm_ray.report.assemble import assemble_models, seed_models
 
 
 def record(name, ne, auc, seed=0, **more):
-    test = {"ne": ne, "auc": auc, "gauc": auc, "gauc_share": 1.0, "logloss": ne / 2, "calibration": 1.0}
+    test = {
+        "ne": ne,
+        "auc": auc,
+        "gauc": auc,
+        "gauc_share": 1.0,
+        "logloss": ne / 2,
+        "calibration": 1.0,
+    }
     return {
         "name": name,
         "seed": seed,
