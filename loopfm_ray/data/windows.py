@@ -43,10 +43,9 @@ class StepPlan:
 
     def sizes(self, rank: int) -> NDArray[np.int64]:
         """Return [steps] the rows that worker `rank` takes at each step of an epoch."""
-        edges = (
-            np.arange(self.num_steps + 1, dtype=np.int64) * self.num_rows[rank] // self.num_steps
-        )
-        return np.diff(edges)
+        steps = np.arange(self.num_steps + 1, dtype=np.int64)
+        sizes: NDArray[np.int64] = np.diff(steps * self.num_rows[rank] // self.num_steps)
+        return sizes
 
     def global_sizes(self) -> NDArray[np.int64]:
         """Return [steps] the rows of all workers at each step."""

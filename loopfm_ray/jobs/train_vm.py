@@ -128,7 +128,8 @@ def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:
         JobError: the workers of a VM failed otherwise.
     """
     run_one = ray.remote(num_cpus=0, max_retries=0)(_fit)
-    waiting, running, done = list(jobs), {}, 0
+    waiting, done = list(jobs), 0
+    running: dict[Any, VmJob] = {}  # by Ray reference, which has no type
     while waiting or running:
         while waiting and len(running) < parallel:
             job = waiting.pop(0)

@@ -18,7 +18,7 @@ _FIRST_LAUNCH = "first launch, baseline {}"
 def seed_models(records: Sequence[Record], baseline: str) -> dict[str, Any]:
     """Return the metrics and transfer ratios of one seed's models; records come with the FM among them."""
     by_name = {record["name"]: record for record in records}
-    ratios = {}
+    ratios: dict[str, float | None] = {}
     for name, record in by_name.items():
         if name not in ("fm", baseline):
             try:

@@ -22,7 +22,7 @@ __all__ = ["Predictions", "binary_metrics", "predict"]
 class Predictions:
     """Outputs for the first task, row by row."""
 
-    logit: NDArray[np.float32]
+    logit: NDArray[np.floating[Any]]
     """[N]"""
     label: NDArray[np.float32]
     """[N]"""
