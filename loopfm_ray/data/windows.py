@@ -49,9 +49,9 @@ class StepPlan:
 
     def global_sizes(self) -> NDArray[np.int64]:
         """Return [steps] the rows of all workers at each step."""
-        return np.sum(
-            [self.sizes(rank) for rank in range(len(self.num_rows))], axis=0, dtype=np.int64
-        )
+        shares = [self.sizes(rank) for rank in range(len(self.num_rows))]
+        total: NDArray[np.int64] = np.sum(shares, axis=0, dtype=np.int64)
+        return total
 
 
 def plan_steps(num_rows: Sequence[int], batch_rows: int) -> StepPlan:

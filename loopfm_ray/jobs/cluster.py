@@ -53,6 +53,9 @@ def connect(config: RayConfig) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False
     context.enable_progress_bars = False
+    if _LOGGER.getEffectiveLevel() > logging.DEBUG:
+        for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():
         yield
         return
