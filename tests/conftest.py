@@ -18,6 +18,12 @@ from hypothesis import settings
 settings.register_profile("loopfm", deadline=None)
 settings.load_profile("loopfm")
 
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden-rewrite", action="store_true", help="rewrite tests/golden/golden.json")
+
+
 ACCESS_KEY = "loopfm-test"
 SECRET_KEY = "loopfm-test-secret"
 BUCKET = "loopfm"

@@ -22,6 +22,7 @@ from loopfm_ray.serving.predictor import load_predictor
 __all__ = ["run_parity", "serve_forever"]
 
 _TIMEOUT_S = 30.0
+_SHOWN_ITEMS = 5
 
 
 def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
@@ -88,11 +89,16 @@ def run_parity(context: Context) -> dict[str, Any]:
 
 
 def _score_one(url: str, query: ScoreQuery) -> dict[str, Any]:
+    items = list(query.items)[:_SHOWN_ITEMS]
     body = {
         "user": query.user,
         "request_ts": query.request_ts,
-        "context": dict(query.context),
-        "items": list(query.items)[:5],
+        # a list holds one value for each item
+        "context": {
+            name: value[: len(items)] if isinstance(value, list) else value
+            for name, value in query.context.items()
+        },
+        "items": items,
     }
     request = urllib.request.Request(  # our own loopback address
         f"{url}/v1/score", json.dumps(body).encode(), {"content-type": "application/json"}
