@@ -19,9 +19,10 @@ settings.register_profile("loopfm", deadline=None)
 settings.load_profile("loopfm")
 
 
-
 def pytest_addoption(parser):
-    parser.addoption("--golden-rewrite", action="store_true", help="rewrite tests/golden/golden.json")
+    parser.addoption(
+        "--golden-rewrite", action="store_true", help="rewrite tests/golden/golden.json"
+    )
 
 
 ACCESS_KEY = "loopfm-test"

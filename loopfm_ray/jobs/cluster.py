@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 from loopfm_ray.experiments import RayConfig
 
-__all__ = ["connect", "local_environment", "worker_environment"]
+__all__ = ["connect", "worker_environment"]
 
 _LOGGER = logging.getLogger(__name__)
 
-_LOCAL_SETTINGS = {
+_SETTINGS = {
+    # left unset, head and clients may decide differently, by whether a token file happens to exist
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -23,20 +24,26 @@ _LOCAL_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-
-
-def local_environment() -> dict[str, str]:
-    """Return the settings a local cluster gets, as far as the caller's environment does not set them itself.
-
-    A local cluster listens on loopback alone, so it needs no token; `ray_auth` must still be said, since Ray
-    otherwise decides by whether a token file happens to exist.
-    """
-    return {key: os.environ.get(key, value) for key, value in _LOCAL_SETTINGS.items()}
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the environment of every worker process: one thread each, so that workers do not fight for cores."""
-    return {**local_environment(), **_WORKER_SETTINGS}
+    """Return the environment of worker processes on a cluster that others started: one thread each."""
+    settings = {key: os.environ.get(key, value) for key, value in _SETTINGS.items()}
+    return {**settings, **_WORKER_SETTINGS}
+
+
+def _stay_on_loopback() -> None:
+    """Keep a local cluster off every interface but loopback; nobody else's machine can reach it, so it asks no token.
+
+    Left alone, Ray listens on all interfaces. It has one switch for loopback, meant for other systems, and reads it when
+    it is imported, so it is set for this process and, in the environment, for those that Ray starts.
+    """
+    from ray._private import ray_constants
+
+    os.environ.setdefault(_LOOPBACK_SWITCH, "0")
+    if os.environ[_LOOPBACK_SWITCH] == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 @contextmanager
@@ -45,7 +52,8 @@ def connect(config: RayConfig) -> Iterator[None]:
 
     Inside a job or a test that has connected already, that connection is used and kept.
     """
-    os.environ.update(local_environment())
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
     import ray  # after the settings: Ray reads some of them when it is imported
     import ray.data
 
@@ -67,6 +75,7 @@ def connect(config: RayConfig) -> Iterator[None]:
             log_to_driver=False,
         )
     else:
+        _stay_on_loopback()
         ray.init(
             address="local",
             num_cpus=config.num_cpus,
@@ -74,7 +83,6 @@ def connect(config: RayConfig) -> Iterator[None]:
             object_store_memory=config.object_store_bytes or None,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
         )
     _LOGGER.info("connected to Ray with %s logical CPUs", ray.cluster_resources().get("CPU", 0))
     try:

@@ -93,7 +93,7 @@ def _auth() -> Finding:
         "RAY_AUTH_MODE",
         "not set",
         is_ok=True,
-        advice="local runs set it themselves; set it to token (or disabled) for a cluster and for job submission alike",
+        advice="a local run is on loopback alone and asks for none; for a cluster set it to token, alike for head, nodes and clients",
     )
 
 

@@ -120,7 +120,7 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-_THREADS = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}
+_THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 class _Replica:

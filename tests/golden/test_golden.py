@@ -71,7 +71,11 @@ def prepared(folder):
         for name, values in sorted(rows.items())
         if values.ndim == 1 and name not in ("event_ts", "label_ts")
     }
-    return {**numbers, "num_rows": manifest.num_rows, "num_events": data.manifest.meta["num_events"]}
+    return {
+        **numbers,
+        "num_rows": manifest.num_rows,
+        "num_events": data.manifest.meta["num_events"],
+    }
 
 
 def order(_):
@@ -97,4 +101,6 @@ def test_numbers_did_not_move(name, tmp_path, request):
         return
     assert set(found) == set(golden[name])
     for key, value in golden[name].items():
-        assert found[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-7)), key
+        assert found[key] == (
+            value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-7)
+        ), key

@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from loopfm_ray.config import load_config
-from loopfm_ray.errors import StoreError
+from loopfm_ray.errors import LeakError, StoreError
 from loopfm_ray.experiments import PipelineConfig, RayConfig
 from loopfm_ray.jobs.cluster import connect
 from loopfm_ray.jobs.pipeline import run_pipeline, run_stages
@@ -126,6 +129,26 @@ def test_a_changed_vm_retrains_that_vm_alone(finished):
 def test_a_stage_before_its_turn_says_which_to_run(cluster, tmp_path):
     with pytest.raises(StoreError, match="loopfm prepare"):
         run_stages(settings(tmp_path), "train-fm")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_planted_leak_stops_the_run(finished):
+    """Some requests are given one event more than was visible; the audit names them and the run stops."""
+    config, _ = finished
+    files = sorted(config.paths.joined(0).glob("requests/*/*.parquet"))
+    path = files[len(files) // 2]
+    honest = path.read_bytes()
+    table = pq.read_table(path, partitioning=None)
+    column = table.schema.get_field_index("latent_len")
+    longer = pc.add(table.column("latent_len"), pa.scalar(1, pa.int32()))
+    pq.write_table(table.set_column(column, "latent_len", longer), path)
+    try:
+        with pytest.raises(LeakError, match="do not train on this version"):
+            run_stages(config, "audit")
+    finally:
+        path.write_bytes(honest)
+    assert run_stages(config, "audit")["num_leaks"] == 0
 
 
 def start(config_folder, verb, *more):
