@@ -98,7 +98,18 @@ def read_raw_blocks(
                 " correct the names under data"
             )
         first_row = 0
-        for batch in fragment.to_batches(columns=names, batch_size=block_rows):
+        # the scanner would otherwise buffer and decode far ahead of us, up to the whole file
+        parquet = isinstance(fragment, pads.ParquetFileFragment)
+        lean = pads.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+        batches = fragment.to_batches(
+            columns=names,
+            batch_size=block_rows,
+            batch_readahead=0,
+            use_threads=False,
+            fragment_readahead=1,
+            fragment_scan_options=lean if parquet else None,
+        )
+        for batch in batches:
             if batch.num_rows:
                 yield BlockPlace(fragment.path, first_row), pa.Table.from_batches([batch])
             first_row += batch.num_rows
