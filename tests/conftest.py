@@ -29,6 +29,7 @@ ACCESS_KEY = "loopfm-test"
 SECRET_KEY = "loopfm-test-secret"
 BUCKET = "loopfm"
 START_TIMEOUT_S = 90.0
+START_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,28 @@ def _program(name):
     return found
 
 
-def _wait_until(is_ready, process, log):
-    """Poll until `is_ready` returns True; fail with the server's log when it does not come up."""
+def _comes_up(is_ready, process):
+    """Poll until `is_ready` returns True; return False when the server dies or does not come up in time."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            break
+            return False
         if is_ready():
-            return
+            return True
         try:  # give the server its turn; returns at once when it ends
             process.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
             continue
+    return False
+
+
+def _wait_until(is_ready, process, log):
+    """Poll until `is_ready` returns True; fail with the server's log when it does not come up."""
+    if not _comes_up(is_ready, process):
+        _fail_with(log)
+
+
+def _fail_with(log):
     pytest.fail(f"server did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
@@ -104,7 +115,45 @@ def s3_server(tmp_path_factory):
     from botocore.exceptions import BotoCoreError, ClientError
 
     weed = _program("weed")
-    folder = tmp_path_factory.mktemp("s3")
+    for attempt in range(START_ATTEMPTS):
+        folder = tmp_path_factory.mktemp("s3")
+        command, env = _weed_command(weed, folder)
+        client = boto3.client(
+            "s3",
+            endpoint_url=env["AWS_ENDPOINT_URL"],
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
+        )
+
+        def is_ready(client=client):
+            try:
+                client.create_bucket(Bucket=BUCKET)
+                # the first write waits for a volume: only then is the store ready
+                client.put_object(Bucket=BUCKET, Key="ready", Body=b"1")
+            except client.exceptions.BucketAlreadyOwnedByYou:
+                client.put_object(Bucket=BUCKET, Key="ready", Body=b"1")
+            except (BotoCoreError, ClientError):
+                return False
+            return True
+
+        log = folder / "log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen(command, stdout=sink, stderr=sink, cwd=folder)
+        try:
+            # another process may take a port between our look and the server's: then it dies and we try others
+            if attempt < START_ATTEMPTS - 1 and not _comes_up(is_ready, process):
+                continue
+            _wait_until(is_ready, process, log)
+            yield S3Server(env["AWS_ENDPOINT_URL"], BUCKET, env)
+            return
+        finally:
+            _stop(process)
+
+
+def _weed_command(weed, folder):
+    """Write the settings of a SeaweedFS server into `folder`; return its command and its clients' environment."""
     identity = {
         "name": "test",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
@@ -113,44 +162,19 @@ def s3_server(tmp_path_factory):
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir()
     master, volume, filer, s3 = free_ports(4)
-    log = folder / "log"
     command = [weed, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-master.port={master}", f"-volume.port={volume}", "-filer", "-s3"]
     command += [f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
-    command += ["-master.volumeSizeLimitMB=256", "-volume.max=30"]
+    # no reports to the makers, and no services on ports that are the same for every server of this machine
+    command += ["-master.volumeSizeLimitMB=256", "-volume.max=30", "-master.telemetry=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     env = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_REGION": "us-east-1",
     }
-    client = boto3.client(
-        "s3",
-        endpoint_url=env["AWS_ENDPOINT_URL"],
-        aws_access_key_id=ACCESS_KEY,
-        aws_secret_access_key=SECRET_KEY,
-        region_name="us-east-1",
-        config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
-    )
-
-    def is_ready():
-        try:
-            client.create_bucket(Bucket=BUCKET)
-            # the first write waits for a volume: only then is the store ready
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"1")
-        except client.exceptions.BucketAlreadyOwnedByYou:
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"1")
-        except (BotoCoreError, ClientError):
-            return False
-        return True
-
-    with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, cwd=folder)
-    try:
-        _wait_until(is_ready, process, log)
-        yield S3Server(env["AWS_ENDPOINT_URL"], BUCKET, env)
-    finally:
-        _stop(process)
+    return command, env
 
 
 @pytest.fixture

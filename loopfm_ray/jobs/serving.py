@@ -5,7 +5,6 @@ ingress is faster but listens on every interface, so it is left to whoever sets 
 """
 
 import logging
-import os
 import socket
 from collections.abc import Callable
 from typing import Any, Literal
