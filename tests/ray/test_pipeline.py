@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,10 @@ SYNTHETIC = Path(__file__).parents[2] / "configs/pipeline/synthetic.yaml"
 SMALL = [
     "data.num_rows=6000",
     "data.num_users=60",
+    "data.period_s=86400",  # a shard for each bucket and day: many
     "fm.learning.num_workers=2",
-    "data.num_buckets=4",
+    "fm.learning.checkpoint_steps=3",
+    "fm.learning.batch_rows=64",
 ]
 
 
@@ -177,41 +180,47 @@ def kill_when(process, condition, timeout_s=240):
     process.communicate()
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A run up to the FM that nobody disturbed, with many small shards: there is time to kill what writes them."""
+    folder = tmp_path_factory.mktemp("calm")
+    finish(start(folder, "prepare", *SMALL))
+    finish(start(folder, "train-fm", *SMALL))
+    return folder
+
+
+def copy_of(calm, folder, *parts):
+    for part in parts:
+        shutil.copytree(calm / "synthetic" / part, folder / "synthetic" / part)
+    return folder / "synthetic"
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_killed_fm_training_goes_on_to_the_same_weights(tmp_path):
+def test_a_killed_fm_training_goes_on_to_the_same_weights(calm, tmp_path):
     """The driver and all workers die at once after a checkpoint; the same command ends in the same bits."""
-    small = [*SMALL, "fm.learning.checkpoint_steps=3", "fm.learning.batch_rows=64"]
-    identities = []
-    for name in ("calm", "killed"):
-        folder = tmp_path / name
-        finish(start(folder, "prepare", *small))
-        if name == "killed":
-            root = folder / "synthetic"
-            process = start(folder, "train-fm", *small)
-            kill_when(
-                process, lambda root=root: len(list(root.glob("work/fm-*/train/checkpoint_*"))) >= 2
-            )
-            assert not (root / "seed=0/fm").exists()
-        finish(start(folder, "train-fm", *small))
-        manifest = read_manifest(folder / "synthetic/seed=0/fm")
-        identities.append(manifest.meta["snapshot_id"])
-    assert identities[0] == identities[1]
+    root = copy_of(calm, tmp_path, "prepared")
+    process = start(tmp_path, "train-fm", *SMALL)
+    kill_when(process, lambda: len(list(root.glob("work/fm-*/train/checkpoint_*"))) >= 2)
+    assert not (root / "seed=0/fm").exists()
+    finish(start(tmp_path, "train-fm", *SMALL))
+    found, expected = (read_manifest(folder / "seed=0/fm") for folder in (root, calm / "synthetic"))
+    assert found.meta["snapshot_id"] == expected.meta["snapshot_id"]
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_killed_materialize_leaves_nothing_half_visible_and_goes_on(finished):
-    config, _ = finished
-    root = config.paths.root
-    calm = read_manifest(config.paths.latents(0))
-    calm_files = {entry.path: entry.sha256 for entry in calm.files}
-    config.paths.latents(0).rename(root / "aside")
-    process = start(config.run_dir, "materialize")
-    work = root / "seed=0"
-    kill_when(process, lambda: len(list(work.glob(".latents.work-*/markers/*.json"))) >= 3)
-    assert not config.paths.latents(0).exists()
-    finish(start(config.run_dir, "materialize"))
-    again = read_manifest(config.paths.latents(0))
-    assert {entry.path: entry.sha256 for entry in again.files} == calm_files
-    assert again.version == calm.version
+def test_a_killed_materialize_leaves_nothing_half_visible_and_goes_on(calm, tmp_path):
+    finish(start(calm, "materialize", *SMALL))
+    root = copy_of(calm, tmp_path, "prepared", "seed=0/fm")
+    process = start(tmp_path, "materialize", *SMALL)
+    kill_when(process, lambda: len(list(root.glob("seed=0/.latents.work-*/markers/*.json"))) >= 3)
+    assert not (root / "seed=0/latents").exists()
+    finish(start(tmp_path, "materialize", *SMALL))
+    found, expected = (
+        read_manifest(folder / "seed=0/latents") for folder in (root, calm / "synthetic")
+    )
+    assert {entry.path: entry.sha256 for entry in found.files} == {
+        entry.path: entry.sha256 for entry in expected.files
+    }
+    assert found.version == expected.version
