@@ -149,9 +149,13 @@ def s3_server(tmp_path_factory):
 @pytest.fixture
 def s3(s3_server, monkeypatch):
     """The S3 server, with the environment that clients read; gives the address of an empty folder."""
+    from loopfm_ray.store.s3 import connect
+
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    return f"s3://{s3_server.bucket}/{time.time_ns():x}"
+    connect.cache_clear()
+    yield f"s3://{s3_server.bucket}/{time.time_ns():x}"
+    connect.cache_clear()
 
 
 @pytest.fixture(scope="session")
