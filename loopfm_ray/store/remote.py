@@ -38,6 +38,7 @@ __all__ = [
     "commit_objects",
     "read_current",
     "stage_remote",
+    "write_claim",
 ]
 
 _CLAIM = "claim.json"
@@ -103,13 +104,18 @@ def stage_remote(address: str, staging_name: Callable[[str], str]) -> Iterator[P
     _remove_dead(pattern)
     root, lock = _make_locked(pattern)
     try:
-        (root / _CLAIM).write_text(json.dumps(asdict(begun)), encoding="utf-8")
+        write_claim(begun, root)
         staged = root / staging_name(address.rstrip("/").rpartition("/")[2])
         staged.mkdir()
         yield staged
     finally:
         shutil.rmtree(root, ignore_errors=True)
         os.close(lock)
+
+
+def write_claim(begun: Claim, folder: Path) -> None:
+    """Leave the claim in `folder`, where `claim_of` finds it for the directories inside."""
+    (folder / _CLAIM).write_text(json.dumps(asdict(begun)), encoding="utf-8")
 
 
 def claim_of(staged: Path) -> Claim | None:
