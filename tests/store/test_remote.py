@@ -8,17 +8,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from botocore.awsrequest import AWSResponse
 
-from loopfm_ray.errors import StoreError
+from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.store import remote
 from loopfm_ray.store.manifest import commit, file_location, read_manifest, stage, verify
+from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.s3 import ATTEMPTS, S3Folder, connect
 from loopfm_ray.store.tables import read_parquet, write_parquet
+from tests.oracles import worlds
 
 pytestmark = pytest.mark.s3
 
@@ -318,3 +321,35 @@ def test_a_damaged_manifest_stops_the_writer(store):
 def test_addresses_without_bucket_or_name_are_refused(address):
     with pytest.raises(StoreError, match="no folder in an object store"):
         S3Folder.of(address)
+
+
+def test_latents_written_through_a_scratch_folder_lie_on_s3_and_are_taken_over(store, tmp_path):
+    examples = worlds.make_examples()
+    writer = replace(
+        worlds.make_writer(tmp_path / "x"), final_dir=store, scratch=tmp_path / "scratch"
+    )
+    assert writer.begin(worlds.SHARDS) is None
+    for place in worlds.SHARDS:
+        worlds.write_shard(writer, examples, *place)
+    manifest = writer.finish(worlds.SHARDS, watermark_ts=4000)
+    local = worlds.write_latents(tmp_path / "latents", examples)
+    assert manifest.version == local.version
+    assert writer.begin(worlds.SHARDS) == manifest
+    there, here = LatentsReader(store), LatentsReader(tmp_path / "latents")
+    for bucket in here.buckets:
+        assert there.read_bucket(bucket).equals(here.read_bucket(bucket))
+    later = replace(writer, inputs={"prepared": "q"})
+    assert later.begin(worlds.SHARDS) is None
+    previous = later.previous()
+    for place in worlds.SHARDS:
+        later.take_over(previous, *place)
+    second = later.finish(worlds.SHARDS, watermark_ts=4000, replace_other=True)
+    assert second.record["num_reused"] == len(worlds.SHARDS)
+    assert second.files == manifest.files
+    verify(store)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_latents_on_s3_need_a_scratch_folder():
+    with pytest.raises(ConfigError, match="give scratch"):
+        worlds.make_writer("s3://bucket/latents")
