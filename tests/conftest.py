@@ -180,9 +180,13 @@ def _weed_command(weed, folder):
 @pytest.fixture
 def s3(s3_server, monkeypatch):
     """The S3 server, with the environment that clients read; gives the address of an empty folder."""
+    from loopfm_ray.store.s3 import connect
+
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    return f"s3://{s3_server.bucket}/{time.time_ns():x}"
+    connect.cache_clear()
+    yield f"s3://{s3_server.bucket}/{time.time_ns():x}"
+    connect.cache_clear()
 
 
 @pytest.fixture(scope="session")

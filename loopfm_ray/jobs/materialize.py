@@ -1,10 +1,12 @@
 """Embed and score every event later than a snapshot, once: a Ray Data job that writes one shard for each input file.
 
 Shards are whole or absent and carry a marker, so a killed job goes on where it stopped, and a rerun gives the same bytes.
+A shard is taken over from the version before when its rows and all that the snapshot reads for them are the same.
 """
 
+import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,46 @@ from typing import Any
 import numpy as np
 import ray.data
 
+from loopfm_ray.data.batch import Batch
 from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import ExampleFile, read_rows
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.errors import ConfigError, JobError
+from loopfm_ray.errors import ConfigError, JobError, StoreError
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.train.embed import Embedder
 from loopfm_ray.train.snapshot import Snapshot, load_snapshot
 from loopfm_ray.types import TimeRange
 
-__all__ = ["MaterializeTask", "ShardEmbedder", "materialize", "plan_shards"]
+__all__ = [
+    "MaterializeTask",
+    "Scope",
+    "ShardEmbedder",
+    "batch_sha256",
+    "materialize",
+    "plan_shards",
+]
 
 _SHARD_COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event")
 _MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of a version is made again, what is left out, and where it waits.
+
+    Attributes:
+        redo: only periods that overlap it are made again, all others must be the same as before; None makes again what
+            changed.
+        retention_us: periods wholly older than this before the last event are left out; None keeps all.
+        scratch: where shards wait for the upload when the version is to lie on S3.
+    """
+
+    redo: TimeRange | None = None
+    retention_us: int | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +65,8 @@ class MaterializeTask:
     time_range: TimeRange
     writer: LatentsWriter
     batch_rows: int = 4096
+    redo: TimeRange | None = None
+    """Only shards of this time are made again, the others must be taken over; None makes again what changed."""
 
     @property
     def attempts(self) -> Path:
@@ -45,8 +74,12 @@ class MaterializeTask:
         return self.writer.work_dir / "attempts"
 
 
-def plan_shards(data: PreparedData, snapshot: Snapshot) -> tuple[TimeRange, list[ExampleFile]]:
+def plan_shards(
+    data: PreparedData, snapshot: Snapshot, retention_us: int | None = None
+) -> tuple[TimeRange, list[ExampleFile]]:
     """Return the time to embed, everything after the snapshot, and its example files.
+
+    Periods wholly older than `retention_us` before the last event are left out; None keeps all.
 
     Raises:
         ConfigError: the snapshot is newer than all events.
@@ -59,7 +92,30 @@ def plan_shards(data: PreparedData, snapshot: Snapshot) -> tuple[TimeRange, list
         )
     time_range = TimeRange(snapshot.spec.trained_until_ts + 1, max_ts + 1)
     files = data.examples.files(time_range)
+    if retention_us is not None:
+        files = [file for file in files if file.period_range.stop_ts > max_ts - retention_us]
     return time_range, [file for file in files if _has_rows(file, time_range)]
+
+
+def _rows_sha256(rows: Mapping[str, Any]) -> "hashlib._Hash":
+    """Return a digest of the columns that a shard takes from the rows as they are."""
+    digest = hashlib.sha256()
+    for name in _SHARD_COLUMNS:
+        digest.update(np.ascontiguousarray(rows[name]).view(np.uint8).data)
+    return digest
+
+
+def batch_sha256(digest: "hashlib._Hash", batch: Batch) -> None:
+    """Add all that a model reads of `batch` to `digest`."""
+    parts = [("ids", batch.ids), ("numeric", batch.numeric), *sorted(batch.sequences.items())]
+    for source, history in sorted(batch.histories.items()):
+        parts += [(f"{source}.row", history.row), (f"{source}.mask", history.mask)]
+        parts += [(f"{source}.age_s", history.age_s)]
+        if history.item_ids is not None:
+            parts.append((f"{source}.item_ids", history.item_ids))
+    for name, tensor in parts:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data)
 
 
 def _has_rows(file: ExampleFile, time_range: TimeRange) -> bool:
@@ -80,6 +136,7 @@ class ShardEmbedder:
         self._collators: dict[int, Collator] = {}
         files = self._data.examples.files(task.time_range)
         self._files = {(file.period, file.bucket): file for file in files}
+        self._previous = task.writer.previous()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write the shard of `row` (period, bucket) unless it is there already; return its row counts."""
@@ -87,8 +144,45 @@ class ShardEmbedder:
         stats = self._task.writer.completed(period, bucket)
         if stats is None:
             self._count_attempt(period, bucket)
-            stats = self._write(self._files[period, bucket])
+            file = self._files[period, bucket]
+            stats = self._take_over(file) or self._write(file)
         return {"period": period, "bucket": bucket, "num_rows": stats.num_rows}
+
+    def _take_over(self, file: ExampleFile) -> Any:
+        """Return the stats of the shard taken over from the version before, None if it has to be made again."""
+        task, span = self._task, file.period_range
+        redo = task.redo
+        if redo and redo.start_ts < span.stop_ts and span.start_ts < redo.stop_ts:
+            return None
+        previous = self._previous
+        before = previous.shards.get((file.period, file.bucket)) if previous else None
+        # if it differs, the batches are made twice, which is far cheaper than the FM
+        if previous and before and before.input_sha256 == self._input_sha256(file):
+            return task.writer.take_over(previous, file.period, file.bucket)
+        if redo:
+            raise StoreError(
+                f"period {file.period} of bucket {file.bucket} lies outside the range {redo.start_ts} to"
+                f" {redo.stop_ts} and {'changed' if before else 'is new'}: it can not be taken over;"
+                " widen the range or leave it out"
+            )
+        return None
+
+    def _input_sha256(self, file: ExampleFile) -> str:
+        """Return what tells whether the shard would be the same.
+
+        The checksum of the file would not do: it has pointers into the events of the bucket, which move with every new
+        event, and it lacks what is looked up in the tables of users and items.
+        """
+        rows = read_rows([file], self._task.time_range)
+        digest = _rows_sha256(rows)
+        for batch in self._batches(file, rows):
+            batch_sha256(digest, batch)
+        return digest.hexdigest()
+
+    def _batches(self, file: ExampleFile, rows: Mapping[str, Any]) -> Iterator[Batch]:
+        collate, size = self._collator(file.bucket), self._task.batch_rows
+        for begin in range(0, len(rows["example_id"]), size):
+            yield collate({name: values[begin : begin + size] for name, values in rows.items()})
 
     def _count_attempt(self, period: int, bucket: int) -> None:
         """Stop a shard that kills its worker again and again: Ray itself would start new ones for ever."""
@@ -104,18 +198,18 @@ class ShardEmbedder:
 
     def _write(self, file: ExampleFile) -> Any:
         rows = read_rows([file], self._task.time_range)
-        collate = self._collator(file.bucket)
         latents, probs = [], []
-        for begin in range(0, len(rows["example_id"]), self._task.batch_rows):
-            part = {
-                name: values[begin : begin + self._task.batch_rows] for name, values in rows.items()
-            }
-            embedded = self._embedder(collate(part))
+        digest = _rows_sha256(rows)
+        for batch in self._batches(file, rows):
+            batch_sha256(digest, batch)
+            embedded = self._embedder(batch)
             latents.append(embedded.latents)
             probs.append(embedded.fm_prob)
         columns = {name: rows[name] for name in _SHARD_COLUMNS}
         columns["fm_prob"] = np.concatenate(probs)
-        return self._task.writer.write(file.period, file.bucket, columns, np.concatenate(latents))
+        return self._task.writer.write(
+            file.period, file.bucket, columns, np.concatenate(latents), digest.hexdigest()
+        )
 
     def _collator(self, bucket: int) -> Collator:
         if bucket not in self._collators:
@@ -137,31 +231,49 @@ class ShardEmbedder:
 def materialize(
     prepared: Path,
     snapshot_dir: Path,
-    out_dir: Path,
+    out_dir: Location,
     *,
     delay_us: int,
     num_workers: int,
     progress: Progress = silent,
+    scope: Scope = Scope(),
 ) -> Manifest:
     """Write the latents version of one snapshot at `out_dir`, or return it if it is there.
 
+    Shards of a version that lies there, made by the same code with the same snapshot, are taken over where nothing they
+    were made from changed. The manifest's `record` says how many (`num_reused`, `num_redone`), and how many events came
+    later than the watermark of the version before (`num_late_events`).
+
+    Args:
+        prepared: the prepared version.
+        snapshot_dir: the snapshot.
+        out_dir: a directory or an `s3://` address.
+        delay_us: from an event to its readers.
+        num_workers: processes.
+        progress: told of each shard.
+        scope: what is made again and what is left out.
+
     Raises:
+        StoreError: `scope.redo` is given and a shard outside of it can not be taken over.
         ConfigError: there is nothing later than the snapshot.
         JobError: a worker failed.
     """
     data = PreparedData.open(prepared)
     snapshot = load_snapshot(snapshot_dir)
-    time_range, files = plan_shards(data, snapshot)
+    embedded, files = plan_shards(data, snapshot, scope.retention_us)
     writer = LatentsWriter(
-        final_dir=out_dir,
+        final_dir=out_dir.absolute() if isinstance(out_dir, Path) else out_dir,
         snapshot_id=snapshot.snapshot_id,
         trained_until_ts=snapshot.spec.trained_until_ts,
         spec=snapshot.spec.code_spec,
         delay_us=delay_us,
         waits_for_label=data.manifest.meta["history_events"] == "positives",
         inputs={"prepared": data.manifest.version, "snapshot": snapshot.version},
+        scratch=scope.scratch,
     )
-    task = MaterializeTask(prepared.absolute(), snapshot_dir.absolute(), time_range, writer)
+    task = MaterializeTask(
+        prepared.absolute(), snapshot_dir.absolute(), embedded, writer, redo=scope.redo
+    )
     shards = [(file.period, file.bucket) for file in files]
     finished = writer.begin(shards)
     if finished is not None:

@@ -12,10 +12,15 @@ from pyarrow import fs as pafs
 
 from loopfm_ray.errors import StoreError
 
-__all__ = ["Location", "filesystem", "join", "read_bytes"]
+__all__ = ["Location", "filesystem", "is_remote", "join", "read_bytes"]
 
 Location = str | Path
 """A local path, or an address such as `s3://bucket/key`."""
+
+
+def is_remote(location: Location) -> bool:
+    """Return whether `location` is an address in an object store."""
+    return isinstance(location, str) and location.startswith("s3://")
 
 
 # Any: pyarrow ships no types.

@@ -2,12 +2,11 @@
 
 A version appears in one rename. Its files are staged in a hidden sibling directory, flushed to disk and named in the
 manifest with their checksums, then the directory takes its final name. A run that is killed leaves a hidden directory
-that no reader looks at and that the next `stage` of the same name removes. Versions are read from local disk and S3;
-they are written locally.
+that no reader looks at and that the next `stage` of the same name removes. On S3, where nothing can be renamed, a
+version appears with one conditional put of its manifest: see `remote`.
 """
 
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -15,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loopfm_ray.errors import StoreError
-from loopfm_ray.store.filesystem import Location, filesystem, join, read_bytes
+from loopfm_ray.store.filesystem import Location, is_remote
+from loopfm_ray.store.format import (
+    FORMAT_VERSION,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    digest,
+    file_location,
+    manifest_text,
+    read_manifest,
+    verify,
+    version_id,
+)
 from loopfm_ray.store.provenance import code_version
+from loopfm_ray.store.remote import claim_of, commit_folder, stage_remote
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,6 +48,7 @@ __all__ = [
     "commit",
     "disk_errors",
     "draft",
+    "file_location",
     "install",
     "read_manifest",
     "recover",
@@ -45,122 +58,29 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 _KINDS = ("prepared", "snapshot", "latents", "joined", "vm", "bundle", "run", "online")
-_BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of a version; `num_rows` is 0 for files that are not tables."""
-
-    path: str
-    num_bytes: int
-    num_rows: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a version holds and what it was made from.
-
-    `version` depends on everything but `created_at` and `seconds`, so the same inputs give the same version.
-    """
-
-    format_version: int
-    kind: str
-    version: str
-    config_hash: str
-    inputs: dict[str, str]
-    meta: dict[str, Any]  # Any: JSON, different for each kind
-    files: tuple[FileEntry, ...]
-    num_rows: int
-    code_version: str
-    created_at: str
-    seconds: float
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.num_bytes for entry in self.files)
-
-
-def read_manifest(location: Location) -> Manifest:
-    """Read the manifest of the version at a local directory or `s3://` address.
-
-    Raises:
-        StoreError: there is none, it is damaged, or its format is not known.
-    """
-    try:
-        data = read_bytes(join(location, MANIFEST))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(
-            f"{location} is no dataset version: it has no {MANIFEST}; run the step that writes it, or correct the path"
-        ) from error
-    except OSError as error:
-        raise StoreError(
-            f"{join(location, MANIFEST)} can not be read: {error}; check access to it"
-        ) from error
-    try:
-        tree = json.loads(data)
-        found = tree["format_version"]
-        if found == FORMAT_VERSION:
-            files = tuple(FileEntry(**entry) for entry in tree.pop("files"))
-            manifest = Manifest(files=files, **tree)
-            _check_id(manifest, location)
-            return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{join(location, MANIFEST)} is damaged ({error}); remove the directory and write it again"
-        ) from error
-    raise StoreError(
-        f"{location} has format_version {found}, this code reads {FORMAT_VERSION}; write it again with this code"
-    )
-
-
-def verify(location: Location) -> None:
-    """Check every file of the version at `location` against the manifest.
-
-    Raises:
-        StoreError: a file is missing, or its size or checksum differs.
-    """
-    manifest = read_manifest(location)
-    for entry in manifest.files:
-        where = join(location, *entry.path.split("/"))
-        system, path = filesystem(where)
-        try:
-            with system.open_input_stream(path) as stream:
-                num_bytes, digest = _digest(stream)
-        except OSError as error:
-            raise StoreError(
-                f"{where} of version {manifest.version} can not be read: {error}; write the version again"
-            ) from error
-        if (num_bytes, digest) != (entry.num_bytes, entry.sha256):
-            raise StoreError(
-                f"{where} is damaged: found {num_bytes} bytes with sha256 {digest[:16]}, expected {entry.num_bytes}"
-                f" with {entry.sha256[:16]}; remove {location} and write it again"
-            )
 
 
 @contextmanager
-def stage(final_dir: Path) -> Iterator[Path]:
+def stage(final_dir: Location) -> Iterator[Path]:
     """Give a fresh hidden directory beside `final_dir` to write a version into; end with `commit`.
 
-    On an error the directory is removed. Leftovers of killed runs of the same name are cleared first. Only one process
-    may stage a name at a time.
+    For an `s3://` address the directory lies in the local temporary folder and `commit` uploads it. On an error the
+    directory is removed. Leftovers of killed runs of the same name are cleared first. Only one process may stage a local
+    name at a time; on S3 several may, and the first to commit wins.
 
     Raises:
-        StoreError: the disk is full.
+        StoreError: the disk is full, or the object store can not be reached.
     """
+    if is_remote(final_dir):
+        with stage_remote(str(final_dir), _staging_name) as staged:
+            yield staged
+        return
     final_dir = Path(final_dir)
     with disk_errors(final_dir.parent):
         final_dir.parent.mkdir(parents=True, exist_ok=True)
         recover(final_dir)
-        # the name tells when the work began, for `seconds` and for people
-        staged = (
-            final_dir.parent / f".{final_dir.name}.tmp-{time.time_ns():x}-{secrets.token_hex(4)}"
-        )
+        staged = final_dir.parent / _staging_name(final_dir.name)
         staged.mkdir()
         try:
             yield staged
@@ -190,7 +110,8 @@ def commit(
         replace_other: whether another version under the final name gives way; an equal one always stays.
 
     Raises:
-        StoreError: the final name holds another version, or something that is no version.
+        StoreError: the final name holds another version, or something that is no version; on S3 also when another
+            writer committed since `stage`, or the store does not answer.
     """
     final_name, _, suffix = staged.name[1:].rpartition(".tmp-")
     seconds = (time.time_ns() - int(suffix.partition("-")[0], 16)) / 1e9
@@ -204,6 +125,9 @@ def commit(
     )
     with disk_errors(staged):
         manifest = write_manifest(staged, manifest)
+        claim = claim_of(staged)
+        if claim is not None:
+            return commit_folder(claim, staged, manifest, replace_other=replace_other)
         return install(staged, staged.parent / final_name, replace_other=replace_other)
 
 
@@ -215,6 +139,7 @@ def draft(
     meta: Mapping[str, Any],  # Any: JSON, different for each kind
     num_rows: int,
     seconds: float = 0.0,
+    record: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Return a manifest that still lacks its files and version; `write_manifest` fills them in.
 
@@ -235,6 +160,7 @@ def draft(
         code_version=code_version(),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(max(seconds, 0.0), 3),
+        record=dict(record or {}),
     )
 
 
@@ -254,9 +180,8 @@ def write_manifest(staged: Path, manifest: Manifest) -> Manifest:
     tree = json.loads(json.dumps(asdict(replace(manifest, files=()))))
     tree.pop("files")
     manifest = Manifest(files=tuple(sorted(entries, key=lambda entry: entry.path)), **tree)
-    manifest = replace(manifest, version=_version_id(manifest))
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
-    (staged / MANIFEST).write_text(text, encoding="utf-8")
+    manifest = replace(manifest, version=version_id(manifest))
+    (staged / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     for folder in [staged, *(item for item in staged.rglob("*") if item.is_dir())]:
         for path in folder.iterdir():
             if path.is_file():
@@ -341,10 +266,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _staging_name(name: str) -> str:
+    """Return a new hidden name that tells when the work began, for `seconds` and for people."""
+    return f".{name}.tmp-{time.time_ns():x}-{secrets.token_hex(4)}"
+
+
 def _file_entry(path: Path, name: str) -> FileEntry:
     with path.open("rb") as stream:
-        num_bytes, digest = _digest(stream)
-    return FileEntry(name, num_bytes, _count_rows(path), digest)
+        num_bytes, sha256 = digest(stream)
+    return FileEntry(name, num_bytes, _count_rows(path), sha256)
 
 
 def _count_rows(path: Path) -> int:
@@ -355,30 +285,3 @@ def _count_rows(path: Path) -> int:
             reader = pa.ipc.open_file(source)
             return sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
     return 0
-
-
-def _digest(stream: Any) -> tuple[int, str]:  # Any: a Python or a pyarrow file
-    """Return size and sha256 of what is left in an open binary file."""
-    digest = hashlib.sha256()
-    num_bytes = 0
-    while block := stream.read(_BLOCK_BYTES):
-        digest.update(block)
-        num_bytes += len(block)
-    return num_bytes, digest.hexdigest()
-
-
-def _version_id(manifest: Manifest) -> str:
-    tree = asdict(manifest)
-    for name in ("version", "created_at", "seconds"):
-        del tree[name]
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _check_id(manifest: Manifest, location: Location) -> None:
-    expected = _version_id(manifest)
-    if manifest.version != expected:
-        raise StoreError(
-            f"{join(location, MANIFEST)} was changed: it says version {manifest.version}, its content is {expected};"
-            " write the version again"
-        )

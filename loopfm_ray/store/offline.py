@@ -2,14 +2,16 @@
 
 A shard is `period=0000/bucket=000.parquet`, sorted by user, event_ts and example_id. Shards are written into a hidden
 work directory beside the final name, each with a marker once it is whole, so a job that was killed goes on where it
-stopped; `LatentsWriter.finish` turns the directory into a version in one rename. Versions are read from local disk and
-S3; they are written locally.
+stopped; `LatentsWriter.finish` turns the directory into a version in one rename, or uploads it and commits it on S3. A
+shard whose input did not change is taken over from the version before.
 """
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,41 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from loopfm_ray.config import config_hash
-from loopfm_ray.errors import DataError, LeakError, ShapeError, StoreError
+from loopfm_ray.errors import ConfigError, DataError, LeakError, ShapeError, StoreError
 from loopfm_ray.history.times import available_from
 from loopfm_ray.store.codes import CodeSpec, encode
-from loopfm_ray.store.filesystem import Location, join
+from loopfm_ray.store.filesystem import Location, is_remote, read_bytes
 from loopfm_ray.store.manifest import (
     MANIFEST,
     Manifest,
+    code_version,
     disk_errors,
     draft,
+    file_location,
     install,
     read_manifest,
     recover,
     write_manifest,
+)
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.remote import claim, claim_of, commit_folder, read_current, write_claim
+from loopfm_ray.store.shards import (
+    SHARDS,
+    SORT_KEYS,
+    ShardStats,
+    latents_schema,
+    merge_fingerprint,
+    parse_stats,
+    read_shard_table,
+    shard_path,
+    write_shard_table,
 )
 from loopfm_ray.store.tables import code_column, read_parquet, write_atomically, write_parquet
 
 __all__ = [
     "LatentsReader",
     "LatentsWriter",
+    "Previous",
     "ShardStats",
     "latents_schema",
     "merge_fingerprint",
@@ -46,56 +64,16 @@ __all__ = [
 # Any below: pyarrow ships no types.
 Table = Any
 
-_SORT_KEYS = ("user", "event_ts", "example_id")
-
-
-def shard_path(period: int, bucket: int) -> str:
-    """Return the path of one shard inside a latents version."""
-    return f"period={period:04d}/bucket={bucket:03d}.parquet"
-
-
-def latents_schema(spec: CodeSpec) -> Any:
-    """Return the Arrow schema of a shard whose codes follow `spec`."""
-    return pa.schema(
-        [
-            ("example_id", pa.int64()),
-            ("user", pa.int32()),
-            ("item", pa.int32()),
-            ("event_ts", pa.int64()),
-            ("label_ts", pa.int64()),
-            ("available_ts", pa.int64()),
-            ("is_event", pa.bool_()),
-            ("fm_prob", pa.float32()),
-            ("code", pa.binary(spec.num_bytes)),
-        ]
-    )
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ShardStats:
-    """What one shard holds; sums, so that shards merge exactly."""
+class Previous:
+    """The version that a new one takes shards over from."""
 
-    period: int
-    bucket: int
-    num_rows: int
-    num_events: int
-    num_bytes: int
-    sums: tuple[float, ...]
-    squares: tuple[float, ...]
-
-
-def merge_fingerprint(stats: Sequence[ShardStats], dim: int) -> dict[str, list[float]]:
-    """Return mean and standard deviation of each latent dimension over all shards, in shard order."""
-    count = sum(item.num_rows for item in stats)
-    ordered = sorted(stats, key=lambda item: (item.period, item.bucket))
-    mean = np.zeros(dim)
-    square = np.zeros(dim)
-    for item in ordered:
-        mean += item.sums
-        square += item.squares
-    mean /= max(count, 1)
-    std = np.sqrt(np.maximum(square / max(count, 1) - mean**2, 0.0))
-    return {"mean": mean.tolist(), "std": std.tolist()}
+    location: Location
+    manifest: Manifest
+    shards: Mapping[tuple[int, int], ShardStats]
 
 
 @dataclass(frozen=True)
@@ -103,16 +81,24 @@ class LatentsWriter:
     """Writes one latents version, shard by shard, from any number of processes.
 
     Picklable, so a worker gets it whole. `waits_for_label` says that being an event tells the label (a log whose events
-    are its positives), so an event is not readable before its label is known.
+    are its positives), so an event is not readable before its label is known. `scratch` is where shards wait for the
+    upload when `final_dir` is an `s3://` address: a local folder, or one that all workers share.
     """
 
-    final_dir: Path
+    final_dir: Location
     snapshot_id: str
     trained_until_ts: int
     spec: CodeSpec
     delay_us: int
     waits_for_label: bool
     inputs: Mapping[str, str]
+    scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        if is_remote(self.final_dir) and self.scratch is None:
+            raise ConfigError(
+                f"latents at {self.final_dir} need a folder where shards wait for the upload; give scratch"
+            )
 
     @property
     def key(self) -> str:
@@ -129,7 +115,16 @@ class LatentsWriter:
     @property
     def work_dir(self) -> Path:
         """Where shards wait for `finish`."""
-        return self.final_dir.parent / f".{self.final_dir.name}.work-{self.key}"
+        parent, name = self._place
+        return parent / f".{name}.work-{self.key}"
+
+    @property
+    def _place(self) -> tuple[Path, str]:
+        """The local folder that the work lies in, and the name of the version."""
+        if self.scratch is not None and is_remote(self.final_dir):
+            return self.scratch, str(self.final_dir).rstrip("/").rpartition("/")[2]
+        final = Path(self.final_dir)
+        return final.parent, final.name
 
     def begin(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
         """Clear what killed runs and other inputs left; call it once, in the driver, before any `write`.
@@ -140,12 +135,46 @@ class LatentsWriter:
         Returns:
             the manifest, if the version of these shards is already there; then nothing is left to do.
         """
-        recover(self.final_dir)
+        if not is_remote(self.final_dir):
+            recover(Path(self.final_dir))
         done = self._finished(shards)
-        for folder in self.final_dir.parent.glob(f".{self.final_dir.name}.work-*"):
+        parent, name = self._place
+        for folder in parent.glob(f".{name}.work-*"):
             if done is not None or folder != self.work_dir:
                 shutil.rmtree(folder)
+        if done is None and is_remote(self.final_dir):
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            write_claim(claim(str(self.final_dir)), self.work_dir)
         return done
+
+    def previous(self) -> Previous | None:
+        """Return the version under the final name if its shards may be taken over, else None.
+
+        They may if the same code embedded them with the same snapshot, code spec and delay.
+        """
+        manifest = self._present()
+        if manifest is None or manifest.kind != "latents":
+            return None
+        same = all(manifest.meta.get(name) == value for name, value in self._meta().items())
+        listed = any(entry.path == SHARDS for entry in manifest.files)
+        if not same or not listed or manifest.code_version != code_version():
+            return None
+        return Previous(self.final_dir, manifest, read_shard_table(self.final_dir, manifest))
+
+    def take_over(self, previous: Previous, period: int, bucket: int) -> ShardStats:
+        """Make a shard of `previous` one of this version: linked where it is on this disk, else copied."""
+        source = file_location(previous.location, previous.manifest, shard_path(period, bucket))
+        path = self._shard(period, bucket)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if is_remote(previous.location):
+            data = read_bytes(source)
+            write_atomically(path, lambda staged: staged.write_bytes(data))
+        else:
+            os.link(source, path)
+        stats = replace(previous.shards[period, bucket], is_reused=True)
+        self._mark(stats)
+        return stats
 
     def completed(self, period: int, bucket: int) -> ShardStats | None:
         """Return the stats of a shard that is already whole, else None."""
@@ -154,13 +183,16 @@ class LatentsWriter:
             num_bytes = self._shard(period, bucket).stat().st_size
         except FileNotFoundError:
             return None
-        stats = ShardStats(
-            **{**tree, "sums": tuple(tree["sums"]), "squares": tuple(tree["squares"])}
-        )
+        stats = parse_stats(tree)
         return stats if stats.num_bytes == num_bytes else None
 
     def write(
-        self, period: int, bucket: int, rows: Mapping[str, NDArray[Any]], latents: NDArray[Any]
+        self,
+        period: int,
+        bucket: int,
+        rows: Mapping[str, NDArray[Any]],
+        latents: NDArray[Any],
+        input_sha256: str = "",
     ) -> ShardStats:
         """Write one shard, or keep it if it is already whole.
 
@@ -169,6 +201,7 @@ class LatentsWriter:
             bucket: of the rows.
             rows: [N] columns example_id, user, item, event_ts, label_ts, is_event, fm_prob, in any order.
             latents: float [N, d].
+            input_sha256: of all that the shard was made from.
 
         Raises:
             LeakError: a row is not later than what the snapshot was trained on.
@@ -178,7 +211,7 @@ class LatentsWriter:
         if done is not None:
             return done
         self._check(rows, latents)
-        order = np.lexsort([rows[name] for name in reversed(_SORT_KEYS)])
+        order = np.lexsort([rows[name] for name in reversed(SORT_KEYS)])
         columns = {name: np.asarray(values)[order] for name, values in rows.items()}
         values = np.asarray(latents, dtype=np.float32)[order]
         label_ts = columns["label_ts"] if self.waits_for_label else None
@@ -201,11 +234,9 @@ class LatentsWriter:
             num_bytes=path.stat().st_size,
             sums=tuple(wide.sum(axis=0).tolist()),
             squares=tuple(np.square(wide).sum(axis=0).tolist()),
+            input_sha256=input_sha256,
         )
-        text = json.dumps(asdict(stats), sort_keys=True)
-        write_atomically(
-            self._marker(period, bucket), lambda staged: staged.write_text(text, encoding="utf-8")
-        )
+        self._mark(stats)
         return stats
 
     def finish(
@@ -230,12 +261,10 @@ class LatentsWriter:
                 f" (period, bucket) {missing[0]}; run materialize again, it keeps what is done"
             )
         self._drop_strays({shard_path(*place) for place in shards})
+        write_shard_table(whole, self.work_dir / "data" / SHARDS)
+        record = self._record(whole)
         meta = {
-            "snapshot_id": self.snapshot_id,
-            "trained_until_ts": self.trained_until_ts,
-            "code_spec": self.spec.to_tree(),
-            "delay_us": self.delay_us,
-            "waits_for_label": self.waits_for_label,
+            **self._meta(),
             "watermark_ts": watermark_ts,
             "num_events": sum(item.num_events for item in whole),
             "fingerprint": merge_fingerprint(whole, self.spec.dim),
@@ -246,20 +275,71 @@ class LatentsWriter:
             inputs=self.inputs,
             meta=meta,
             num_rows=sum(item.num_rows for item in whole),
+            record=record,
         )
-        with disk_errors(self.final_dir.parent):
+        with disk_errors(self.work_dir):
             staged = self.work_dir / "data"
-            write_manifest(staged, manifest)
-            manifest = install(staged, self.final_dir, replace_other=replace_other)
+            manifest = write_manifest(staged, manifest)
+            begun = claim_of(staged)
+            if begun is not None:
+                manifest = commit_folder(begun, staged, manifest, replace_other=replace_other)
+            else:
+                manifest = install(staged, Path(self.final_dir), replace_other=replace_other)
         shutil.rmtree(self.work_dir)
+        _log.info("latents %s: %s", manifest.version, record)
         return manifest
+
+    def _meta(self) -> dict[str, Any]:  # Any: JSON
+        """Return what readers must know of how the shards were made."""
+        return {
+            "snapshot_id": self.snapshot_id,
+            "trained_until_ts": self.trained_until_ts,
+            "code_spec": self.spec.to_tree(),
+            "delay_us": self.delay_us,
+            "waits_for_label": self.waits_for_label,
+        }
+
+    def _record(self, stats: Sequence[ShardStats]) -> dict[str, Any]:  # Any: JSON
+        """Return how much was taken over, and how many events came after the watermark of the version before."""
+        reused = sum(item.is_reused for item in stats)
+        record: dict[str, Any] = {"num_reused": reused, "num_redone": len(stats) - reused}
+        previous = self.previous()
+        if previous is None:
+            return record
+        watermark_ts = int(previous.manifest.meta["watermark_ts"])
+        num_late = 0
+        for item in stats:
+            if item.is_reused:
+                continue
+            table = read_parquet(self._shard(item.period, item.bucket), ["event_ts", "is_event"])
+            early = table.column("event_ts").to_numpy() <= watermark_ts
+            found = int(np.count_nonzero(early & table.column("is_event").to_numpy()))
+            before = previous.shards.get((item.period, item.bucket))
+            num_late += max(found - (before.num_events if before else 0), 0)
+        return {**record, "num_late_events": num_late, "previous": previous.manifest.version}
+
+    def _mark(self, stats: ShardStats) -> None:
+        text = json.dumps(asdict(stats), sort_keys=True)
+        write_atomically(
+            self._marker(stats.period, stats.bucket),
+            lambda staged: staged.write_text(text, encoding="utf-8"),
+        )
+
+    def _present(self) -> Manifest | None:
+        """Return the manifest of the version under the final name, None if there is none."""
+        if is_remote(self.final_dir):
+            current = read_current(str(self.final_dir))
+            return None if current is None else current[0]
+        if not (Path(self.final_dir) / MANIFEST).is_file():
+            return None
+        return read_manifest(self.final_dir)
 
     def _finished(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
         """Return the manifest under the final name if it has these shards of the same inputs, else None."""
-        if not (self.final_dir / MANIFEST).is_file():
+        manifest = self._present()
+        if manifest is None:
             return None
-        manifest = read_manifest(self.final_dir)
-        paths = {entry.path for entry in manifest.files}
+        paths = {entry.path for entry in manifest.files} - {SHARDS}
         same = manifest.config_hash == self.key and paths == {
             shard_path(*place) for place in shards
         }
@@ -302,76 +382,3 @@ class LatentsWriter:
 
     def _marker(self, period: int, bucket: int) -> Path:
         return self.work_dir / "markers" / f"{period:04d}-{bucket:03d}.json"
-
-
-class LatentsReader:
-    """Reads one latents version, local or on S3."""
-
-    def __init__(self, location: Location) -> None:
-        """Open the version at `location`.
-
-        Raises:
-            StoreError: there is none, or it is of another kind.
-        """
-        self.location = location
-        self.manifest = read_manifest(location)
-        if self.manifest.kind != "latents":
-            raise StoreError(
-                f"{location} holds a version of kind {self.manifest.kind!r}, expected 'latents';"
-                " give the directory that materialize wrote"
-            )
-        self.spec = CodeSpec.from_tree(self.manifest.meta["code_spec"])
-        self._shards = sorted(_parse_shard(entry.path) for entry in self.manifest.files)
-
-    @property
-    def buckets(self) -> list[int]:
-        """The buckets that have shards."""
-        return sorted({bucket for _, bucket in self._shards})
-
-    @property
-    def periods(self) -> list[int]:
-        """The periods that have shards."""
-        return sorted({period for period, _ in self._shards})
-
-    def read_bucket(
-        self,
-        bucket: int,
-        *,
-        columns: Sequence[str] | None = None,
-        periods: Sequence[int] | None = None,
-        events_only: bool = False,
-    ) -> Table:
-        """Return the rows of one bucket, sorted by user, event_ts and example_id.
-
-        Args:
-            bucket: to read.
-            columns: to return; None gives all.
-            periods: to read; None reads all.
-            events_only: whether to leave out rows that are no events.
-        """
-        schema = latents_schema(self.spec)
-        wanted = list(columns) if columns is not None else schema.names
-        needed = [name for name in schema.names if name in {*wanted, *_SORT_KEYS, "is_event"}]
-        parts = [
-            read_parquet(join(self.location, *shard_path(period, bucket).split("/")), needed)
-            for period, owner in self._shards
-            if owner == bucket and (periods is None or period in periods)
-        ]
-        empty = pa.schema([schema.field(name) for name in needed]).empty_table()
-        table = pa.concat_tables(parts) if parts else empty
-        if events_only:
-            table = table.filter(table.column("is_event"))
-        keys = [table.column(name).to_numpy() for name in reversed(_SORT_KEYS)]
-        return table.select(wanted).take(pa.array(np.lexsort(keys))).combine_chunks()
-
-
-def _parse_shard(path: str) -> tuple[int, int]:
-    """Return `(period, bucket)` of the path of a shard."""
-    try:
-        folder, name = path.removesuffix(".parquet").split("/")
-        return int(folder.removeprefix("period=")), int(name.removeprefix("bucket="))
-    except ValueError as error:
-        raise StoreError(
-            f"{path!r} is no shard of a latents version, expected period=0000/bucket=000.parquet;"
-            " remove the version and write it again"
-        ) from error

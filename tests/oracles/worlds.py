@@ -119,6 +119,7 @@ def tree_bytes(folder: Path):
         if path.name == "manifest.json":
             tree = json.loads(data)
             del tree["created_at"], tree["seconds"]
+            tree.pop("record", None)
             data = json.dumps(tree, sort_keys=True).encode()
         found[path.relative_to(folder).as_posix()] = data
     return found

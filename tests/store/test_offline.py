@@ -160,7 +160,8 @@ def test_shards_outside_the_version_are_dropped(examples, tmp_path):
     for period in (1, 2):
         worlds.write_shard(writer, examples, period, 0)
     manifest = writer.finish([(1, 0)], watermark_ts=2000)
-    assert [entry.path for entry in manifest.files] == ["period=0001/bucket=000.parquet"]
+    paths = [entry.path for entry in manifest.files]
+    assert paths == ["period=0001/bucket=000.parquet", "shards.parquet"]
     assert not writer.work_dir.exists()
 
 
