@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from loopfm_ray.config import config_hash
 from loopfm_ray.errors import DataError, LeakError, ShapeError, StoreError
+from loopfm_ray.history.order import time_order
 from loopfm_ray.history.times import available_from
 from loopfm_ray.store.codes import CodeSpec, encode
 from loopfm_ray.store.filesystem import Location, join
@@ -178,7 +179,7 @@ class LatentsWriter:
         if done is not None:
             return done
         self._check(rows, latents)
-        order = np.lexsort([rows[name] for name in reversed(_SORT_KEYS)])
+        order = time_order(rows["user"], rows["event_ts"], rows["example_id"])
         columns = {name: np.asarray(values)[order] for name, values in rows.items()}
         values = np.asarray(latents, dtype=np.float32)[order]
         label_ts = columns["label_ts"] if self.waits_for_label else None
@@ -361,8 +362,9 @@ class LatentsReader:
         table = pa.concat_tables(parts) if parts else empty
         if events_only:
             table = table.filter(table.column("is_event"))
-        keys = [table.column(name).to_numpy() for name in reversed(_SORT_KEYS)]
-        return table.select(wanted).take(pa.array(np.lexsort(keys))).combine_chunks()
+        user, event_ts, example_id = (table.column(name).to_numpy() for name in _SORT_KEYS)
+        order = time_order(user, event_ts, example_id)
+        return table.select(wanted).take(pa.array(order)).combine_chunks()
 
 
 def _parse_shard(path: str) -> tuple[int, int]:
