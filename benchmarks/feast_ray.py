@@ -22,9 +22,8 @@ from feast.types import Int64
 
 def read(path: Path) -> pd.DataFrame:
     with pa.OSFile(str(path), "rb") as source:
-        return pa.ipc.open_file(source).read_all().drop_columns(["code"], ).to_pandas() if (
-            "events" in path.name
-        ) else pa.ipc.open_file(source).read_all().to_pandas()
+        table = pa.ipc.open_file(source).read_all()
+    return table.select([name for name in table.column_names if name != "code"]).to_pandas()
 
 
 def instants(micros: np.ndarray) -> pd.Series:
@@ -39,7 +38,11 @@ def open_store(folder: Path) -> FeatureStore:
             project="bench",
             registry=str(repo / "registry.db"),
             provider="local",
-            offline_store={"type": "ray", "storage_path": str(repo / "ray"), "enable_ray_logging": False},
+            offline_store={
+                "type": "ray",
+                "storage_path": str(repo / "ray"),
+                "enable_ray_logging": False,
+            },
             online_store={"type": "sqlite", "path": str(repo / "online.db")},
             entity_key_serialization_version=3,
         )

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,31 +24,53 @@ os.environ.setdefault("POLARS_MAX_THREADS", str(THREADS))
 from history_data import CODE_BYTES, read_case  # noqa: E402  after the thread count is set
 from history_peers import PEERS  # noqa: E402
 
-from loopfm_ray.history.asof import newest_visible  # noqa: E402
-from loopfm_ray.history.order import time_order  # noqa: E402
+from loopfm_ray.history.unsorted import LogChunk, join_log  # noqa: E402
 from tests.oracles.asof import newest_visible_slow  # noqa: E402
 
 Answer = dict[str, np.ndarray]
+PIECE = 1 << 15
 
 
 def ours(events: pa.Table, requests: pa.Table, max_len: int, codes: bool) -> Answer:
-    """Sort by `time_order`, search with `newest_visible`, gather whole codes as one 16-byte number each."""
-    user, event_ts, available_ts, example_id = (
-        events.column(name).to_numpy() for name in ("user", "event_ts", "available_ts", "example_id")
-    )
-    order = time_order(user, event_ts, example_id)
-    index = newest_visible(
-        (requests.column("user").to_numpy(), requests.column("request_ts").to_numpy()),
-        (user[order], event_ts[order], available_ts[order]),
-        max_len,
-    )
+    """Sort and search with `join_log`; move whole codes as one 16-byte number each."""
+    log = [log_chunk(batch, codes) for batch in events.to_batches()]
+    asked = (requests.column("user").to_numpy(), requests.column("request_ts").to_numpy())
+    found = join_log(asked, log, max_len, num_threads=THREADS)
+    history, index = found.carried[0], found.index
+    if index.rows is not None:
+        history = history[index.rows]
     if not codes:
-        rows = order if index.rows is None else order[index.rows]
-        return {"ids": example_id[rows], "start": index.start, "length": index.length}
-    packed = events.column("code").combine_chunks()
-    whole = np.frombuffer(packed.buffers()[1], dtype="V16", count=len(packed))
-    history = whole[order] if index.rows is None else whole[order[index.rows]]
-    return {"length": index.length, "codes": history[spread(index.start, index.length)]}
+        return {"ids": history, "start": index.start, "length": index.length}
+    return {"length": index.length, "codes": gather(history, index.start, index.length)}
+
+
+def log_chunk(batch: pa.RecordBatch, codes: bool) -> LogChunk:
+    """Return one batch as NumPy columns, without a copy."""
+    user, event_ts, available_ts, example_id = (
+        batch.column(name).to_numpy() for name in ("user", "event_ts", "available_ts", "example_id")
+    )
+    packed = batch.column("code")
+    whole = np.frombuffer(
+        packed.buffers()[1], dtype="c16", count=len(packed), offset=CODE_BYTES * packed.offset
+    )
+    return LogChunk(user, event_ts, available_ts, example_id, (whole if codes else example_id,))
+
+
+def gather(history: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Return the entries of all slices, one after another; pieces of the requests share the threads."""
+    stop = np.cumsum(length)
+    taken = np.empty(stop[-1] if len(stop) else 0, dtype=history.dtype)
+
+    def fill(begin: int) -> None:
+        part = slice(begin, begin + PIECE)
+        first, last = stop[begin] - length[begin], stop[part][-1]
+        # "clip" lets NumPy write into `out` itself; the rows are never out of bounds
+        rows = spread(start[part], length[part])
+        np.take(history, rows, out=taken[first:last], mode="clip")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(fill, range(0, len(length), PIECE)))
+    return taken
 
 
 def spread(start: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -77,7 +100,8 @@ def agrees_with_oracle(
 ) -> bool:
     """Whether the slow twin gives the same ids for a sample of requests, user 0 (the skewed one) among them."""
     user, event_ts, available_ts, example_id = (
-        events.column(name).to_numpy() for name in ("user", "event_ts", "available_ts", "example_id")
+        events.column(name).to_numpy()
+        for name in ("user", "event_ts", "available_ts", "example_id")
     )
     asked, request_ts = (requests.column(name).to_numpy() for name in ("user", "request_ts"))
     rng = np.random.default_rng(0)

@@ -28,7 +28,9 @@ SPEC = CodeSpec(bits=4, dim=2 * CODE_BYTES)
 Files = dict[int, list[tuple[int, Path]]]
 
 
-def make_block(block: int, num_events: int, num_requests: int, num_users: int, span_s: int) -> pa.Table:
+def make_block(
+    block: int, num_events: int, num_requests: int, num_users: int, span_s: int
+) -> pa.Table:
     """Return block `block` of the log: its events and its requests as rows of a latents shard."""
     rng = np.random.default_rng([7, block])
     events = make_events(rng, num_events, num_users, "uniform", span_s)
@@ -51,7 +53,9 @@ def make_block(block: int, num_events: int, num_requests: int, num_users: int, s
     }
     arrays = [pa.array(values) for values in columns.values()]
     codes = pa.py_buffer(make_codes(example_id).reshape(-1))
-    arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(CODE_BYTES), num_rows, [None, codes]))
+    arrays.append(
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(CODE_BYTES), num_rows, [None, codes])
+    )
     return pa.Table.from_arrays(arrays, schema=latents_schema(SPEC))
 
 

@@ -53,13 +53,17 @@ def measure(args: argparse.Namespace, folder: Path, contender: str, *options: ob
         BENCH_THREADS=str(args.threads),
         POLARS_MAX_THREADS=str(args.threads),
     )
-    print(f"{folder.name:8} {contender:14} {' '.join(map(str, options)):20} {line}", file=sys.stderr)
+    print(
+        f"{folder.name:8} {contender:14} {' '.join(map(str, options)):20} {line}", file=sys.stderr
+    )
     return json.loads(line)
 
 
 def measure_rounds(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[Record]]]:
     """Return the records of `slices` and `codes` of the uniform case, and of ours in the other cases."""
-    runs: dict[str, dict[str, list[Record]]] = {name: {} for name in ("slices", "codes", *CASES[1:])}
+    runs: dict[str, dict[str, list[Record]]] = {
+        name: {} for name in ("slices", "codes", *CASES[1:])
+    }
     for turn in range(args.repeats):
         names = ("ours", *PEERS)
         shift = turn % len(names)
@@ -155,7 +159,9 @@ def last_ready(events: pa.Table, requests: pa.Table, ready: np.ndarray) -> np.nd
         by_user.setdefault(user, []).append(int(ready[example_id]))
     times = {user: np.sort(found) for user, found in by_user.items()}
     none = np.zeros(0, dtype=np.int64)
-    asked = zip(*(requests.column(name).to_pylist() for name in ("user", "request_ts")), strict=True)
+    asked = zip(
+        *(requests.column(name).to_pylist() for name in ("user", "request_ts")), strict=True
+    )
     return np.array(
         [
             max((int(t) for t in times.get(user, none)[: _count(times, user, ts)][-1:]), default=-1)
@@ -168,7 +174,9 @@ def _count(times: dict[int, np.ndarray], user: int, request_ts: int) -> int:
     return int(np.searchsorted(times[user], request_ts, "right")) if user in times else 0
 
 
-def seconds_table(runs: dict[str, dict[str, list[Record]]], key: str) -> dict[str, dict[str, float]]:
+def seconds_table(
+    runs: dict[str, dict[str, list[Record]]], key: str
+) -> dict[str, dict[str, float]]:
     """Return the best of one figure for each case and contender."""
     return {
         case: {name: best(records, key) for name, records in figure.items()}
@@ -187,7 +195,7 @@ def machine(args: argparse.Namespace) -> Record:
         "cpu": model[0] if model else platform.processor(),
         "cores": os.cpu_count(),
         "load_average_at_end": os.getloadavg(),
-        "threads": {"ours": 1, "duckdb": args.threads, "polars": args.threads},
+        "threads": args.threads,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("numpy", "pyarrow", "duckdb", "polars")},

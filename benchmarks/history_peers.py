@@ -109,9 +109,7 @@ def _frames(events: pa.Table, requests: pa.Table) -> tuple[pl.DataFrame, pl.Data
     return history, pl.from_arrow(requests).with_row_index("r")
 
 
-def _polars_answer(
-    history: pl.DataFrame, found: pl.DataFrame, max_len: int, codes: bool
-) -> Answer:
+def _polars_answer(history: pl.DataFrame, found: pl.DataFrame, max_len: int, codes: bool) -> Answer:
     """Turn `history`, sorted, and `found` (r, base, stop: first row of the user, end of the visible) into the answer."""
     stop = pl.col("stop").fill_null(0).cast(pl.Int64)
     base = pl.col("base").fill_null(0).cast(pl.Int64)
@@ -128,7 +126,9 @@ def _polars_answer(
     )
     taken = history["code"].gather(rows.to_series())
     parts = taken.to_arrow()
-    whole = np.frombuffer(parts.buffers()[1], dtype="V16", count=len(parts), offset=16 * parts.offset)
+    whole = np.frombuffer(
+        parts.buffers()[1], dtype="V16", count=len(parts), offset=16 * parts.offset
+    )
     return {"length": length.to_numpy(), "codes": whole.view(np.uint8)}
 
 
