@@ -83,12 +83,12 @@ class PreparedData:
     @property
     def items(self) -> EntityTable:
         """The item table."""
-        return _read_side(self.path, "item", self.schema)
+        return _read_side(self.path, self.manifest.version, "item", self.schema)
 
     @property
     def users(self) -> EntityTable:
         """The user table."""
-        return _read_side(self.path, "user", self.schema)
+        return _read_side(self.path, self.manifest.version, "user", self.schema)
 
     def vocabulary(self, field: str) -> Vocabulary:
         """Return the vocabulary of a categorical or sequence field.
@@ -96,7 +96,7 @@ class PreparedData:
         Raises:
             StoreError: there is no such field.
         """
-        return _read_vocabulary(self.path / "vocab" / f"{field}.parquet")
+        return _read_vocabulary(self.path / "vocab" / f"{field}.parquet", self.manifest.version)
 
     def schema_as_of(self, ts: int) -> FeatureSchema:
         """Return the schema with the ids of keys first seen before `ts` only; what a model trained until then knows."""
@@ -151,13 +151,15 @@ def read_entities(path: Path, keys: list[str], schema: FeatureSchema, side: Side
 
 
 @lru_cache(maxsize=8)
-def _read_side(path: Path, side: str, schema: FeatureSchema) -> EntityTable:
-    keys = _read_vocabulary(path / "vocab" / f"{side}.parquet").keys
+def _read_side(path: Path, version: str, side: str, schema: FeatureSchema) -> EntityTable:
+    """Read one entity table; `version` is there for the cache, since a path may come to hold another version."""
+    keys = _read_vocabulary(path / "vocab" / f"{side}.parquet", version).keys
     return read_entities(path / f"{side}s.parquet", keys, schema, Side(side))
 
 
 @lru_cache(maxsize=64)
-def _read_vocabulary(path: Path) -> Vocabulary:
+def _read_vocabulary(path: Path, version: str) -> Vocabulary:
+    del version  # for the cache alone
     return Vocabulary.read(path)
 
 

@@ -132,8 +132,8 @@ def _search(first: Ints, times: Ints, segment: Ints, ts: Ints, side: str) -> Int
         left = np.searchsorted(distinct, ts, "left")
         offset = left + np.searchsorted(distinct, ts, "right")
         span = 2 * len(distinct) + 2
-    base = np.repeat(np.arange(num_segments, dtype=np.int64) * span, np.diff(first))
-    keys = base + place
+    keys = np.repeat(np.arange(num_segments, dtype=np.int64) * span, np.diff(first))
+    keys += place
     wanted = segment * span + offset
     order = np.argsort(wanted)
     found = np.empty(len(ts), dtype=np.int64)

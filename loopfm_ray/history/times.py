@@ -48,4 +48,5 @@ def is_visible(event_ts: Ints, available_ts: Ints, request_ts: int | Ints) -> ND
 
 def visible_from(event_ts: Ints, available_ts: Ints) -> Ints:
     """Return [E] the first instant at which each event is visible."""
-    return np.maximum(event_ts + 1, available_ts)
+    ready = event_ts + 1
+    return np.maximum(ready, available_ts, out=ready)

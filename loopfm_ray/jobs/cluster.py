@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from loopfm_ray.errors import JobError
 from loopfm_ray.experiments import RayConfig
 
 __all__ = ["connect", "worker_environment"]
@@ -24,6 +25,7 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+_START_ATTEMPTS = 3
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -44,6 +46,35 @@ def _stay_on_loopback() -> None:
     os.environ.setdefault(_LOOPBACK_SWITCH, "0")
     if os.environ[_LOOPBACK_SWITCH] == "0":
         ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _start_local(config: RayConfig) -> None:
+    """Start a local cluster; on a busy machine Ray's own limit of 30 s is too short, so it is tried again.
+
+    Raises:
+        JobError: it did not start.
+    """
+    import ray
+
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                include_dashboard=False,
+                object_store_memory=config.object_store_bytes or None,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == _START_ATTEMPTS:
+                raise JobError(
+                    f"a local Ray cluster did not start in {attempt} attempts: {error}; stop other work on this machine,"
+                    " or name a running cluster with ray.address"
+                ) from error
+            _LOGGER.warning("Ray was too slow to start, attempt %d of %d", attempt, _START_ATTEMPTS)
 
 
 @contextmanager
@@ -76,14 +107,7 @@ def connect(config: RayConfig) -> Iterator[None]:
         )
     else:
         _stay_on_loopback()
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            object_store_memory=config.object_store_bytes or None,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        _start_local(config)
     _LOGGER.info("connected to Ray with %s logical CPUs", ray.cluster_resources().get("CPU", 0))
     try:
         yield

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from loopfm_ray.config import config_hash
 from loopfm_ray.errors import ConfigError, DataError, LeakError, ShapeError, StoreError
+from loopfm_ray.history.order import time_order
 from loopfm_ray.history.times import available_from
 from loopfm_ray.store.codes import CodeSpec, encode
 from loopfm_ray.store.filesystem import Location, is_remote, read_bytes
@@ -40,7 +41,6 @@ from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.remote import claim, claim_of, commit_folder, read_current, write_claim
 from loopfm_ray.store.shards import (
     SHARDS,
-    SORT_KEYS,
     ShardStats,
     latents_schema,
     merge_fingerprint,
@@ -211,7 +211,7 @@ class LatentsWriter:
         if done is not None:
             return done
         self._check(rows, latents)
-        order = np.lexsort([rows[name] for name in reversed(SORT_KEYS)])
+        order = time_order(rows["user"], rows["event_ts"], rows["example_id"])
         columns = {name: np.asarray(values)[order] for name, values in rows.items()}
         values = np.asarray(latents, dtype=np.float32)[order]
         label_ts = columns["label_ts"] if self.waits_for_label else None

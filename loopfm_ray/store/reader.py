@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from loopfm_ray.errors import StoreError
+from loopfm_ray.history.order import time_order
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.format import file_location, read_manifest
@@ -80,5 +80,5 @@ class LatentsReader:
         table = pa.concat_tables(parts) if parts else empty
         if events_only:
             table = table.filter(table.column("is_event"))
-        keys = [table.column(name).to_numpy() for name in reversed(SORT_KEYS)]
-        return table.select(wanted).take(pa.array(np.lexsort(keys))).combine_chunks()
+        order = time_order(*(table.column(name).to_numpy() for name in SORT_KEYS))
+        return table.select(wanted).take(pa.array(order)).combine_chunks()

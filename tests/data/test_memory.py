@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 CODE = """
-import resource, sys, tempfile, pathlib
+import re, sys, tempfile, pathlib
 from loopfm_ray.data.config import ColumnsConfig
 from loopfm_ray.data.events import iterate_periods, read_blocks
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # not ru_maxrss: that begins at what the process that started this one had
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 before = peak()
 columns = ColumnsConfig(user="user", item="item", event_ts="ts")

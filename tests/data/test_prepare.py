@@ -331,3 +331,13 @@ def test_bucket_files_hold_their_users_only(tmp_path: Path) -> None:
         assert table.num_rows == file.num_rows
         for ts in table.column("event_ts").to_pylist():
             assert file.period_range.contains(ts)
+
+
+def test_a_path_that_comes_to_hold_another_version_is_read_anew(tmp_path: Path) -> None:
+    keys = []
+    for num_items in (10, 20):
+        config = SyntheticConfig(num_rows=500, num_users=10, num_items=num_items)
+        prepare(config, tmp_path / "p", replace_other=True)
+        data = PreparedData.open(tmp_path / "p")
+        keys.append((len(data.items), len(data.vocabulary("item"))))
+    assert keys == [(11, 10), (21, 20)]
