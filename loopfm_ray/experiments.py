@@ -16,6 +16,7 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
@@ -120,7 +121,7 @@ class HistoryStageConfig(Config):
     @property
     def delay_us(self) -> int:
         """The delay in microseconds."""
-        return round(self.delay_s * MICROS_PER_S)
+        return delay_to_us(self.delay_s)
 
 
 class VmStageConfig(Config):

@@ -17,7 +17,16 @@ from loopfm_ray.errors import SchemaError, StoreError
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.types import TimeRange
 
-__all__ = ["ExampleFile", "ExampleSet", "Rows", "iterate_rows", "read_rows", "rows_of"]
+__all__ = [
+    "ExampleFile",
+    "ExampleSet",
+    "Rows",
+    "concat_rows",
+    "count_rows",
+    "iterate_rows",
+    "read_rows",
+    "rows_of",
+]
 
 Rows = dict[str, NDArray[Any]]
 """Columns of examples by name; a sequence field is [n, S] with 0 as padding."""
@@ -134,19 +143,19 @@ def iterate_rows(
     left: Rows = {}
     for number, window in enumerate(_plan(files, time_range, window_rows)):
         rows = _read_window(window, columns)
-        size = _num_rows(rows)
+        size = count_rows(rows)
         if shuffle_seed is None:
             order = np.lexsort((rows["example_id"], rows["event_ts"]))
         else:
             order = np.random.default_rng([shuffle_seed, number]).permutation(size)
         if columns is not None:
             rows = {name: rows[name] for name in columns}
-        held = _num_rows(left)
+        held = count_rows(left)
         start = 0
         if held:
             start = min(batch_rows - held, size)
-            left = _concat([left, _take(rows, order[:start])])
-            if _num_rows(left) < batch_rows:
+            left = concat_rows([left, _take(rows, order[:start])])
+            if count_rows(left) < batch_rows:
                 continue
             yield left
             left = {}
@@ -156,7 +165,7 @@ def iterate_rows(
                 left = batch
             else:
                 yield batch
-    if _num_rows(left):
+    if count_rows(left):
         yield left
 
 
@@ -241,7 +250,7 @@ def _split_period(
 def _read_window(window: _Window, columns: Sequence[str] | None) -> Rows:
     names = None if columns is None else list(dict.fromkeys([*columns, *_ORDER]))
     parts = [_read_file(file, window.time_range, names) for file in window.files]
-    return _concat(parts)
+    return concat_rows(parts)
 
 
 def _read_file(
@@ -297,7 +306,8 @@ def _to_numpy(column: Any) -> NDArray[Any]:  # Any: a pyarrow chunked array
     return out
 
 
-def _num_rows(rows: Mapping[str, NDArray[Any]]) -> int:
+def count_rows(rows: Mapping[str, NDArray[Any]]) -> int:
+    """Return the length of the columns of `rows`; 0 without columns."""
     return len(next(iter(rows.values()))) if rows else 0
 
 
@@ -305,7 +315,8 @@ def _take(rows: Rows, index: NDArray[np.intp]) -> Rows:
     return {name: values[index] for name, values in rows.items()}
 
 
-def _concat(parts: Sequence[Rows]) -> Rows:
+def concat_rows(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all parts, in order; sequences are padded with 0 to the widest."""
     if len(parts) == 1:
         return parts[0]
     return {name: _stack([part[name] for part in parts]) for name in (parts[0] if parts else ())}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loopfm_ray.data.examples import ExampleFile, Rows, read_rows
+from loopfm_ray.data.examples import ExampleFile, Rows, concat_rows, count_rows, read_rows
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import TimeRange
 
@@ -151,7 +151,7 @@ def rechunk(blocks: Iterable[Rows], sizes: Iterable[int]) -> Iterator[Rows]:
         parts: list[Rows] = []
         missing = int(size)
         while missing:
-            available = _num_rows(held) - begin
+            available = count_rows(held) - begin
             if available == 0:
                 held, begin = next(source), 0
                 continue
@@ -159,38 +159,19 @@ def rechunk(blocks: Iterable[Rows], sizes: Iterable[int]) -> Iterator[Rows]:
             parts.append({name: values[begin : begin + take] for name, values in held.items()})
             begin += take
             missing -= take
-        yield _concat(parts)
+        yield concat_rows(parts)
 
 
 def _windows(blocks: Iterable[Rows], window_rows: int) -> Iterator[Rows]:
     parts: list[Rows] = []
     num_rows = 0
     for block in blocks:
-        if _num_rows(block) == 0:
+        if count_rows(block) == 0:
             continue
         parts.append(block)
-        num_rows += _num_rows(block)
+        num_rows += count_rows(block)
         if num_rows >= window_rows:
-            yield _concat(parts)
+            yield concat_rows(parts)
             parts, num_rows = [], 0
     if parts:
-        yield _concat(parts)
-
-
-def _num_rows(rows: Rows) -> int:
-    return len(next(iter(rows.values()))) if rows else 0
-
-
-def _concat(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    return {name: _stack([part[name] for part in parts]) for name in parts[0]}
-
-
-def _stack(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-    if arrays[0].ndim == 1:
-        return np.concatenate(arrays)
-    width = max(array.shape[1] for array in arrays)
-    return np.concatenate(
-        [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
-    )
+        yield concat_rows(parts)

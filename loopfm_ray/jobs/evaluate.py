@@ -14,6 +14,7 @@ from loopfm_ray.jobs.train_vm import VmData, VmJob
 from loopfm_ray.jobs.training import score_rows
 from loopfm_ray.metrics.calibration import calibration_bins, fit_platt
 from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.train.evaluate import Predictions, binary_metrics
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
@@ -98,10 +99,8 @@ def _bins(predictions: Predictions) -> list[dict[str, float]]:
 
 def write_record(record: EvaluationRecord, path: Path) -> None:
     """Write a record as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.tmp")
-    staged.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-    staged.replace(path)
+    text = json.dumps(asdict(record), indent=1)
+    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def read_record(path: Path) -> EvaluationRecord | None:

@@ -21,6 +21,7 @@ from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
 from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.tables import write_atomically
 
 __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
 
@@ -248,6 +249,4 @@ def _disk_bytes(folder: Path) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.tmp")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))

@@ -47,9 +47,6 @@ def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
 def serving_run(config: PipelineConfig, port: int) -> Iterator[str]:
     """Serve the run's VM on the connected cluster inside the block; gives the URL."""
     settings = serve_config(config, port)
-    load_predictor(
-        settings.bundle, settings.online
-    )  # what can not be loaded is said here, not by a dying replica
     try:
         yield serving.start(settings)
     finally:
@@ -112,6 +109,10 @@ def serve_forever(config: PipelineConfig, port: int, announce: Callable[[str], N
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    settings = serve_config(config, port)
+    load_predictor(
+        settings.bundle, settings.online
+    )  # what can not be loaded is said here, not by a dying replica
     with connect(config.ray), serving_run(config, port) as url:
         announce(url)
         stop.wait()

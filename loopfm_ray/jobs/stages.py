@@ -12,7 +12,6 @@ from typing import Any
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.data.schema import Side
 from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import JobError, StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
@@ -35,7 +34,7 @@ from loopfm_ray.store.publish import publish
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
-__all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of", "vm_fields"]
+__all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,6 @@ class Context:
 def splits_of(config: PipelineConfig) -> Splits:
     """Return the windows of the prepared data of a run."""
     return config.data.split.ranges(*PreparedData.open(config.paths.prepared).log_range)
-
-
-def vm_fields(config: PipelineConfig, data: PreparedData) -> tuple[str, ...]:
-    """Return the fields a VM may read: those the config names, else all but the user's id and the past."""
-    if config.data.vm_fields is not None:
-        return config.data.vm_fields
-    return tuple(
-        field.name
-        for field in data.schema.fields
-        if field.side != Side.PAST and field.name != Side.USER.value
-    )
 
 
 def _current(path: Path, settings_hash: str, inputs: dict[str, str]) -> Manifest | None:
@@ -195,7 +183,8 @@ def _audit(config: PipelineConfig, seed: int) -> AuditReport:
 def vm_jobs(config: PipelineConfig) -> list[VmJob]:
     """Return the training of every VM under every seed."""
     data = PreparedData.open(config.paths.prepared)
-    splits, fields = splits_of(config), vm_fields(config, data)
+    splits = splits_of(config)
+    fields = tuple(field.name for field in config.data.vm_schema(data.schema).fields)
     jobs = []
     for seed in config.seeds:
         joined = _needed(config.paths.joined(seed), "join")

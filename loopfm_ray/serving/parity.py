@@ -8,7 +8,7 @@ over HTTP, and compared with the model on the joined rows themselves.
 import http.client
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Collator, HistorySource, LatentHistorySource
-from loopfm_ray.data.examples import ExampleSet, Rows, iterate_rows
+from loopfm_ray.data.examples import ExampleSet, Rows, concat_rows, iterate_rows
 from loopfm_ray.data.prepared import PreparedData, read_history
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.errors import BundleError, DataError, JobError
@@ -141,11 +141,7 @@ def load_offline(
         BundleError: the joined version has another history than the bundle.
         DataError: there are no requests in the range.
     """
-    manifest = read_manifest(joined)
-    # requests lie in the periods of the prepared version they were joined from
-    periods = {name: prepared.manifest.meta[name] for name in ("period_origin_ts", "period_us")}
-    manifest = replace(manifest, meta={**manifest.meta, **periods})
-    examples = ExampleSet.from_manifest(joined, manifest, "requests")
+    examples = ExampleSet.open(joined, "requests")
     sources = _sources(bundle, joined, prepared.num_buckets)
     collator = Collator(bundle.spec.schema, prepared.items, prepared.users, sources)
     columns = list(dict.fromkeys([*collator.columns, "example_id"]))
@@ -253,15 +249,7 @@ def _read_chosen(
         keep = np.fromiter((pair in wanted for pair in pairs), bool, len(rows["user"]))
         if keep.any():
             parts.append({name: values[keep] for name, values in rows.items()})
-    return {name: _stack([part[name] for part in parts]) for name in parts[0]}
-
-
-def _stack(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    if arrays[0].ndim == 1:
-        return np.concatenate(arrays)
-    width = max(array.shape[1] for array in arrays)
-    padded = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
-    return np.concatenate(padded)
+    return concat_rows(parts)
 
 
 def _replays(bundle: Bundle, prepared: PreparedData, rows: Rows) -> Iterator[Replay]:
