@@ -138,6 +138,9 @@ class OnlineConfig(Config):
 
     model: str = "vm_kd_loopfm"
     """The VM whose bundle the demo serves."""
+    target: str | None = None
+    """Directory or `redis://` address that histories are published to, next to those of other snapshots; none is the
+    folder `online` of the run."""
     max_events_per_user: PositiveInt | None = None
     """Newest events kept for a user; none keeps all within the retention."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -211,6 +214,12 @@ class PipelineConfig(Config):
     def paths(self) -> "RunPaths":
         """Where the parts of this run lie."""
         return RunPaths(Path(self.run_dir) / self.name)
+
+    @property
+    def online_target(self) -> str:
+        """Where histories are published: a directory, absolute, or a `redis://` address."""
+        target = self.online.target or str(self.paths.online)
+        return target if "://" in target else str(Path(target).absolute())
 
     @property
     def latent_vms(self) -> Mapping[str, VmStageConfig]:

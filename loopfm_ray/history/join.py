@@ -24,6 +24,7 @@ from loopfm_ray.history.staleness import StalenessSketch
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage
 from loopfm_ray.store.offline import LatentsReader
+from loopfm_ray.store.space import Space, latents_id
 from loopfm_ray.store.tables import read_parquet, write_ipc, write_parquet
 from loopfm_ray.types import TimeRange
 
@@ -179,18 +180,11 @@ def joined_meta(
     stats: JoinStats,
 ) -> dict[str, Any]:  # Any: JSON
     """Return the meta of the manifest of a joined version."""
-    inherited = (
-        "snapshot_id",
-        "trained_until_ts",
-        "code_spec",
-        "delay_us",
-        "waits_for_label",
-        "watermark_ts",
-    )
     return {
-        **{name: latents.meta[name] for name in inherited},
+        **Space.of_meta(latents.meta).to_meta(),
+        **{name: latents.meta[name] for name in ("trained_until_ts", "watermark_ts")},
         **{name: prepared.meta[name] for name in ("num_buckets", "period_us", "period_origin_ts")},
-        "latents_version": latents.version,
+        "latents_version": latents_id(latents),
         "max_len": settings.max_len,
         "retention_us": settings.retention_us,
         "start_ts": time_range.start_ts,

@@ -21,7 +21,9 @@ from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
 from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.target import is_redis
 
 __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
 
@@ -175,7 +177,7 @@ def _summary(
         "sizes": {
             "latents_bytes": latents.num_bytes,
             "bytes_per_event": latents.num_bytes / max(latents.num_rows, 1),
-            "online_bytes": _disk_bytes(paths.online),
+            "online_bytes": _online_bytes(config.online_target, Space.of_meta(latents.meta).id),
             "joined_bytes": joined.num_bytes,
         },
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -243,8 +245,11 @@ def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Path]:
     }
 
 
-def _disk_bytes(folder: Path) -> int:
-    """Return what a folder takes on disk; sparse files count what they hold."""
+def _online_bytes(target: str, space: str) -> int | None:
+    """Return what a space takes on disk, None for Redis; sparse files count what they hold."""
+    if is_redis(target):
+        return None
+    folder = Path(target) / "spaces" / space
     return sum(item.stat().st_blocks * 512 for item in folder.rglob("*") if item.is_file())
 
 

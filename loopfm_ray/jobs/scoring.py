@@ -31,13 +31,11 @@ def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
     Raises:
         StoreError: nothing was published yet.
     """
-    if not config.paths.bundle.is_dir() or not config.paths.online.is_dir():
-        raise StoreError(
-            f"{config.paths.root} has no bundle and no histories; run `loopfm publish` first"
-        )
+    if not config.paths.bundle.is_dir():
+        raise StoreError(f"{config.paths.root} has no bundle; run `loopfm publish` first")
     return serving.ServeConfig(
         bundle=str(config.paths.bundle.absolute()),
-        online=str(config.paths.online.absolute()),
+        online=config.online_target,
         port=port,
         log_level="WARNING",
     )
@@ -80,7 +78,7 @@ def run_parity(context: Context) -> dict[str, Any]:
         raise JobError(
             f"parity: {report.num_mismatches} of {report.num_rows} served scores differ by more than"
             f" {report.tolerance} from the offline score of the same row, the most by {report.max_abs_diff}:\n  {shown}\n"
-            "publish the latents version that the bundle pins, and check that offline and serving run the same code"
+            "check that offline and serving run the same code, and that the audit of the joined version passes"
         )
     return {**asdict(report), "scored_request": scored}
 

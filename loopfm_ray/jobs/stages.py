@@ -5,7 +5,7 @@ Up to date means: made by the same code, from the same settings and the same inp
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
 from loopfm_ray.store.manifest import MANIFEST, Manifest, code_version, read_manifest
 from loopfm_ray.store.publish import publish
+from loopfm_ray.store.space import Space
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
@@ -210,13 +211,6 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
     return jobs
 
 
-def _vm_inputs(job: VmJob) -> dict[str, str]:
-    return {
-        "prepared": read_manifest(job.prepared).version,
-        "joined": read_manifest(job.joined).version,
-    }
-
-
 def run_train_vm(context: Context) -> dict[str, Any]:
     """Train every VM under every seed, several side by side."""
     config = context.config
@@ -224,7 +218,7 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     todo = [
         job
         for job in jobs
-        if context.fresh or _current(job.out_dir, job.config_hash, _vm_inputs(job)) is None
+        if context.fresh or _current(job.out_dir, job.config_hash, job.inputs) is None
     ]
     # the slow ones first, so that the last one does not run alone for long
     todo.sort(key=lambda job: job.config.model.history.kind == "none")
@@ -289,42 +283,54 @@ def _read(path: Path) -> EvaluationRecord:
 
 
 def run_publish(context: Context) -> dict[str, Any]:
-    """Export the served VM's bundle and publish its histories."""
+    """Export the served VM's bundle and publish the histories of its space."""
     config = context.config
     seed = config.seeds[0]
     context.progress("publish", 0, 2)
-    bundle = export_bundle(config)
+    latents = _needed(config.paths.latents(seed), "materialize")
+    bundle = export_bundle(config, Space.of_meta(latents.meta))
     context.progress("publish", 1, 2)
     users = PreparedData.open(config.paths.prepared).users.keys
     live = publish(
         str(config.paths.latents(seed)),
         users,
-        config.paths.online,
+        config.online_target,
         config.online.max_events_per_user,
     )
     context.progress("publish", 2, 2)
-    return {"bundle": bundle.version, "histories": live}
+    space = Space.of_meta(latents.meta).id
+    return {"bundle": bundle.version, "histories": live, "space": space}
 
 
-def export_bundle(config: PipelineConfig) -> Manifest:
-    """Write the bundle of the VM that is served, from the first seed."""
+def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
+    """Write the bundle of the VM that is served, from the first seed; its histories have to be of `space`."""
     seed, name = config.seeds[0], config.online.model
     data = PreparedData.open(config.paths.prepared)
     trained_manifest = _needed(config.paths.vm(seed, name), "train-vm")
     trained = load_trained_vm(config.paths.vm(seed, name))
-    joined = read_manifest(config.paths.joined(seed))
     names = {field.name for field in trained.schema.fields}
     spec = BundleSpec(
         name=name,
         vm=trained.config,
         schema=trained.schema,
         calibration=trained.calibration,
-        history=HistoryPin.of_joined(joined) if trained.latent_dim is not None else None,
+        history=None if trained.latent_dim is None else _pin(config, trained_manifest, space),
         derive=tuple(item for item in config.data.derive if item in names),
         sequence_len=config.data.sequence_len,
     )
     inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
     return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
+
+
+def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:
+    """Return the history that a VM was trained with: the lineage is its own, whatever was joined since."""
+    if trained.inputs["space"] != space.id:
+        raise StoreError(
+            f"the VM was trained in space {trained.inputs['space']}, the latents of the run are of {space.id}: another"
+            " snapshot or delay made them; run `loopfm join` and `loopfm train-vm` first"
+        )
+    joined = HistoryPin.of_joined(read_manifest(config.paths.joined(config.seeds[0])))
+    return replace(joined, space=space, latents_version=trained.inputs["latents"])
 
 
 def _clear(work: Path, fresh: bool) -> None:

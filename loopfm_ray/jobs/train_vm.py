@@ -119,6 +119,17 @@ class VmJob:
         """Where the learning curves are written."""
         return self.work_dir / "metrics.jsonl"
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the VM is made from: the versions, and the space that its latents are of."""
+        joined = read_manifest(self.joined)
+        return {
+            "prepared": read_manifest(self.prepared).version,
+            "joined": joined.version,
+            "latents": joined.meta["latents_version"],
+            "space": joined.meta["space"],
+        }
+
 
 def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:
     """Train VMs, `parallel` at a time; each killed one goes on from its checkpoint when run again.
@@ -211,10 +222,7 @@ def _worker(config: dict[str, Any]) -> None:
             job.out_dir,
             trained,
             config_hash=job.config_hash,
-            inputs={
-                "prepared": data.prepared.manifest.version,
-                "joined": read_manifest(job.joined).version,
-            },
+            inputs=job.inputs,
             num_rows=sum(plan.num_rows),
         )
     ray.train.report({"done": 1})

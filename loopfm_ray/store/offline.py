@@ -49,6 +49,7 @@ from loopfm_ray.store.shards import (
     shard_path,
     write_shard_table,
 )
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import code_column, read_parquet, write_atomically, write_parquet
 
 __all__ = [
@@ -291,13 +292,8 @@ class LatentsWriter:
 
     def _meta(self) -> dict[str, Any]:  # Any: JSON
         """Return what readers must know of how the shards were made."""
-        return {
-            "snapshot_id": self.snapshot_id,
-            "trained_until_ts": self.trained_until_ts,
-            "code_spec": self.spec.to_tree(),
-            "delay_us": self.delay_us,
-            "waits_for_label": self.waits_for_label,
-        }
+        space = Space(self.snapshot_id, self.spec, self.delay_us, self.waits_for_label)
+        return {**space.to_meta(), "trained_until_ts": self.trained_until_ts}
 
     def _record(self, stats: Sequence[ShardStats]) -> dict[str, Any]:  # Any: JSON
         """Return how much was taken over, and how many events came after the watermark of the version before."""
