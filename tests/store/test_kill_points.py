@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from loopfm_ray.store.manifest import read_manifest, verify
-from loopfm_ray.store.publish import open_current
+from loopfm_ray.store.target import live_spaces, open_current
 from tests.oracles import worlds
-from tests.store.test_kill import DRIVER, JOIN, MATERIALIZE, PUBLISH, REPLACE
+from tests.store.test_kill import DRIVER, JOIN, MATERIALIZE, PUBLISH, REPLACE, RETIRE
 
 POINTS = 45
 SEED = 20260101
@@ -43,6 +43,7 @@ PROGRAMS = {
     "join": (JOIN, "joined"),
     "incremental": (INCREMENTAL, "latents"),
     "publish": (PUBLISH, None),
+    "retire": (RETIRE, None),
 }
 
 
@@ -89,9 +90,12 @@ def test_killed_anywhere_readers_see_whole_versions_and_a_rerun_ends_the_same(
     for point in points:
         killed = base / f"{point}-killed"
         if name is None:
-            store = open_current(killed / "online")
-            assert any(store.get_many(worlds.user_keys()))
-            store.close()
+            live = [item.space for item in live_spaces(killed / "online")]
+            assert len(live) == 2 or kind == "retire"
+            for space in live:
+                store = open_current(killed / "online", space)
+                assert any(store.get_many(worlds.user_keys()))
+                store.close()
         elif (killed / name).exists():
             verify(killed / name)
             assert read_manifest(killed / name).version in allowed
