@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,6 +139,51 @@ for _name, _text in {
     "report": "Write summary.json and the HTML page from the run's records.",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+def upgrade(
+    beside: Annotated[Path, typer.Option(help="Folder of the run that is served now.")],
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Bring the histories of a new FM online beside the served ones (after prepare and train-fm of the new run)."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.cluster import connect
+    from loopfm_ray.jobs.upgrade import upgrade as run_upgrade
+
+    with _progress() as progress, connect(settings.ray):
+        result = run_upgrade(settings, beside, progress=progress)
+    _print_result(result, as_json)
+
+
+@app.command()
+def spaces(
+    config: ConfigArgument = None, overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """List the embedding spaces that are live in the run's online store, with what each holds."""
+    settings = _load(config, overrides, verbose=False)
+    from loopfm_ray.store.target import live_spaces
+
+    found = {item.space: asdict(item) for item in live_spaces(settings.online_target)}
+    _print_result(found, as_json)
+
+
+@app.command()
+def retire(
+    space: Annotated[str, typer.Option(help="The space, as `loopfm spaces` names it.")],
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also if it is the last one.")] = False,
+) -> None:
+    """Remove one embedding space from the run's online store, once no VM reads it any more."""
+    settings = _load(config, overrides, verbose=False)
+    from loopfm_ray.store.target import retire as retire_space
+
+    retire_space(settings.online_target, space, force=force)
+    typer.echo(f"retired: {space}")
 
 
 @app.command()

@@ -100,7 +100,7 @@ def test_another_bundle_behind_the_address_is_noticed(url, world):
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_a_store_of_another_version_is_not_served(url, world, tmp_path):
+def test_a_store_without_the_space_of_the_bundle_is_not_served(url, world, tmp_path):
     prepared = PreparedData.open(world.prepared)
     write_latents(prepared, tmp_path / "latents", snapshot="other")
     publish(tmp_path / "latents", prepared.users.keys, tmp_path / "online")
@@ -110,8 +110,8 @@ def test_a_store_of_another_version_is_not_served(url, world, tmp_path):
         serve.run(app, name="other", route_prefix="/other")
     status = serve.status().applications["other"]
     text = status.message + status.deployments[DEPLOYMENT_NAME].message
-    assert "BundleError" in text
-    assert "does not match" in text
+    assert "StoreError" in text
+    assert "holds no space" in text
     serve.delete("other")
     # the application that was there before still serves
     assert call(url, "/readyz")[0] == 200
