@@ -23,14 +23,19 @@ RETENTION_S = 28 * 86_400.0
 WEEK_S = 7 * 86_400.0
 
 
-def settings(folder, name, *more):
+def settings(folder, name, fm_stop):
     """Return a small run that trains a plain VM and the one that is served."""
-    config = load_config(
-        PipelineConfig,
-        SYNTHETIC,
-        [f"run_dir={folder}", f"name={name}", "data.num_rows=6000", "data.num_users=60"]
-        + ["history.delay_s=600", f"history.retention_s={RETENTION_S}", "kd=vm", *more],
-    )
+    overrides = [
+        f"run_dir={folder}",
+        f"name={name}",
+        "kd=vm",
+        "data.num_rows=6000",
+        "data.num_users=60",
+        f"data.split={{fm_stop: {fm_stop}, vm_stop: 2024-02-19, valid_s: 259200}}",
+        "history.delay_s=600",
+        f"history.retention_s={RETENTION_S}",
+    ]
+    config = load_config(PipelineConfig, SYNTHETIC, overrides)
     vms = {key: config.vms[key] for key in ("vm", "vm_kd_loopfm")}
     return config.model_copy(update={"vms": vms})
 
@@ -55,7 +60,7 @@ def scores(predictor, offline):
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_an_fm_is_upgraded_without_breaking_the_vm_that_serves(tmp_path):
-    old, new = settings(tmp_path, "old"), settings(tmp_path, "new", "data.split.fm_stop=2024-02-05")
+    old, new = settings(tmp_path, "old", "2024-01-29"), settings(tmp_path, "new", "2024-02-05")
     with connect(RayConfig()):
         stages = ("prepare", "train-fm", "materialize", "join", "train-vm", "publish")
         published = run(old, *stages)
