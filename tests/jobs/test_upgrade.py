@@ -13,7 +13,9 @@ from loopfm_ray.errors import BundleError, ConfigError, StoreError
 from loopfm_ray.experiments import HistoryStageConfig, OnlineConfig, PipelineConfig
 from loopfm_ray.jobs import materialize as job
 from loopfm_ray.jobs.materialize import ShardEmbedder, materialize
+from loopfm_ray.jobs.stages import export_bundle
 from loopfm_ray.jobs.upgrade import share_target, upgrade
+from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck, calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.serving.bundle import load_bundle, save_bundle
@@ -26,6 +28,7 @@ from loopfm_ray.store.publish import load_memory
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.target import live_spaces, open_current, retire
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
+from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 from loopfm_ray.types import MICROS_PER_DAY, MICROS_PER_S
 from tests.serving import world as worlds
 
@@ -262,3 +265,23 @@ def test_spaces_without_a_common_time_can_not_be_compared(runs):
     found = compare_coverage(store, store, ["u1", "nobody"], 5, None)
     assert (found.num_users, found.num_covered, found.lost_s, found.full_at_ts) == (1, 1, 0, None)
     assert found.mean_len_old == found.mean_len_new == 5
+
+
+def test_a_bundle_names_the_latents_its_vm_was_trained_on_whatever_was_joined_since(runs):
+    old, _ = runs
+    bundle = load_bundle(old.paths.bundle)
+    pin = bundle.spec.history
+    shutil.copytree(old.paths.root / "joined", old.paths.joined(0))
+    trained = TrainedVm(
+        bundle.model, bundle.spec.vm, bundle.spec.schema, (), worlds.CODE.dim, PlattScaling(), {}
+    )
+    inputs = {"prepared": "p", "joined": "of another day", "latents": "of that day"}
+    path = old.paths.vm(0, old.online.model)
+    save_trained_vm(
+        path, trained, config_hash="0", inputs={**inputs, "space": pin.space.id}, num_rows=1
+    )
+    export_bundle(old, pin.space)
+    written = load_bundle(old.paths.bundle).spec.history
+    assert written == replace(pin, latents_version="of that day")
+    with pytest.raises(StoreError, match="loopfm train-vm"):
+        export_bundle(old, replace(pin.space, snapshot_id="newer"))

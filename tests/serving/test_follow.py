@@ -1,6 +1,7 @@
 """A newer version of the space is read without a restart, and no answer mixes two."""
 
 import itertools
+import sys
 import threading
 from dataclasses import replace
 
@@ -160,3 +161,30 @@ def test_a_predictor_without_a_source_keeps_its_store(world, versions):
     predictor = Predictor(load_bundle(world.bundle), load_memory(found[0][0], keys))
     assert not predictor.reload()
     assert predictor.latents_version == found[0][1]
+
+
+opened = None
+"""Names of the files that were opened since this became a list."""
+
+
+def note_open(event, arguments):
+    if event == "open" and opened is not None:
+        opened.append(str(arguments[0]))
+
+
+def test_a_request_looks_at_no_file(world, versions, tmp_path):
+    global opened
+    sys.addaudithook(note_open)
+    keys, found = versions
+    publish(found[0][0], keys, tmp_path)
+    predictor = load_predictor(world.bundle, tmp_path)
+    predictor.respond(QUERIES[0], "r")
+    opened = []
+    try:
+        for query in QUERIES:
+            predictor.respond(query, "r")
+        assert opened == []
+        predictor.reload()
+        assert [name.endswith("CURRENT") for name in opened] == [True]
+    finally:
+        opened = None
