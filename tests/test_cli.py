@@ -16,6 +16,7 @@ VERBS = [
     "materialize",
     "join",
     "audit",
+    "freshness",
     "train-vm",
     "evaluate",
     "publish",

@@ -142,7 +142,7 @@ def audit(
         StoreError: a version is not the one that was joined, or can not be read.
     """
     versions = _open(joined, latents, prepared)
-    found = list(_check_versions(versions, snapshot))
+    found = [*_check_versions(versions, snapshot), *_check_buckets(versions)]
     num_leaks, num_checked, margins = len(found), 0, _Margins()
     rules = _rules(versions)
     files = versions.request_files
@@ -168,7 +168,11 @@ def audit(
 
 
 def _open(joined: Path, latents: Location, prepared: Path) -> _Versions:
-    manifest, reader, origin = read_manifest(joined), LatentsReader(latents), read_manifest(prepared)
+    manifest, reader, origin = (
+        read_manifest(joined),
+        LatentsReader(latents),
+        read_manifest(prepared),
+    )
     places = {"latents": (latents, reader.manifest), "prepared": (prepared, origin)}
     for name, (place, other) in places.items():
         expected = manifest.inputs.get(name)
@@ -193,7 +197,7 @@ def _rules(versions: _Versions) -> Rules:
 
 
 def _check_versions(versions: _Versions, snapshot: Path | None) -> Iterator[str]:
-    """Check what the versions say of each other, and that no bucket of the origin is missing."""
+    """Check what the versions say of each other."""
     own, meta = versions.manifest.meta, versions.latents.manifest.meta
     for name in _INHERITED:
         if own[name] != meta[name]:
@@ -206,6 +210,10 @@ def _check_versions(versions: _Versions, snapshot: Path | None) -> Iterator[str]
         for name in ("snapshot_id", "trained_until_ts"):
             if meta[name] != true[name]:
                 yield f"the latents say {name} {meta[name]}, the snapshot {snapshot} says {true[name]}"
+
+
+def _check_buckets(versions: _Versions) -> Iterator[str]:
+    """Check that no bucket of the origin is missing."""
     start_ts, stop_ts = versions.range_ts
     origin_ts, period_us = (versions.origin.meta[n] for n in ("period_origin_ts", "period_us"))
     present = versions.request_files

@@ -72,15 +72,13 @@ def _check_row(request: Row, bucket: Bucket) -> Iterator[str]:
     if original is None:
         yield "the prepared version has no such example"
         return
-    differing = [
-        name for name, value in original.items() if not _is_same(request.get(name), value)
-    ]
+    differing = [name for name, value in original.items() if not _is_same(request.get(name), value)]
     if differing:
         yield f"user or time or other columns differ from the prepared version: {differing}"
 
 
 def _is_same(left: object, right: object) -> bool:
-    return left == right or (left != left and right != right)  # noqa: PLR0124  NaN equals NaN here
+    return left == right or (left != left and right != right)  # NaN equals NaN here
 
 
 def _check_teacher(request: Row, bucket: Bucket, rules: Rules) -> Iterator[str]:

@@ -172,9 +172,7 @@ def _read_raw(
     for row in _of_users(table, users).to_pylist():
         fact = facts.get(row["example_id"])
         if fact is None or not fact.is_event:
-            faults[row["example_id"]] = (
-                f"raw event {row['example_id']} is no event of the examples"
-            )
+            faults[row["example_id"]] = f"raw event {row['example_id']} is no event of the examples"
             continue
         ready_ts = max(fact.event_ts, fact.label_ts) if is_waiting else fact.event_ts
         told = (row["user"], row["item"], row["event_ts"], row["available_ts"])

@@ -287,7 +287,12 @@ def materialize(
         attempt=scope.attempt,
     )
     task = MaterializeTask(
-        prepared.absolute(), snapshot_dir.absolute(), embedded, writer, redo=scope.redo, is_fresh=scope.is_fresh
+        prepared.absolute(),
+        snapshot_dir.absolute(),
+        embedded,
+        writer,
+        redo=scope.redo,
+        is_fresh=scope.is_fresh,
     )
     shards = [(file.period, file.bucket) for file in files]
     finished = writer.begin(shards)

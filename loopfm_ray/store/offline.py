@@ -118,7 +118,10 @@ class LatentsWriter:
     def work_dir(self) -> Path:
         """Where shards wait for `finish`."""
         parent, name = self._place
-        return parent / f".{name}.work-{config_hash(self.key, self.attempt) if self.attempt else self.key}"
+        return (
+            parent
+            / f".{name}.work-{config_hash(self.key, self.attempt) if self.attempt else self.key}"
+        )
 
     @property
     def _place(self) -> tuple[Path, str]:

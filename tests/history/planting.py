@@ -79,7 +79,10 @@ class Case:
         self.request_path = self.joined / max(files, key=lambda e: e.num_rows).path
         self.bucket = int(self.request_path.parent.name.removeprefix("bucket="))
         self.history_path = self.joined / f"history/bucket={self.bucket:03d}.arrow"
-        self.requests, self.history = read(self.request_path), map_ipc(self.history_path).to_pylist()
+        self.requests, self.history = (
+            read(self.request_path),
+            map_ipc(self.history_path).to_pylist(),
+        )
         self.stored = [row for path in self.shards() for row in read(path)]
         self.stored.sort(key=lambda row: (row["event_ts"], row["example_id"]))
 
@@ -200,8 +203,10 @@ def event_of_the_future(case):
 def event_within_the_delay(case):
     case.add_event(
         *case.request_with(
-            lambda e, r: e["label_ts"] <= r["event_ts"]
-            and e["event_ts"] < r["event_ts"] < e["event_ts"] + DELAY_US
+            lambda e, r: (
+                e["label_ts"] <= r["event_ts"]
+                and e["event_ts"] < r["event_ts"] < e["event_ts"] + DELAY_US
+            )
         )
     )
     case.save()
@@ -351,9 +356,7 @@ def teacher_that_was_trained_on_the_row(case):
     until_ts = case.requests[0]["event_ts"]
     meta = {**read_manifest(case.latents).meta, "trained_until_ts": until_ts}
     case.rename("latents", rewrite(case.latents, meta=meta))
-    rewrite(
-        case.joined, meta={**read_manifest(case.joined).meta, "trained_until_ts": until_ts}
-    )
+    rewrite(case.joined, meta={**read_manifest(case.joined).meta, "trained_until_ts": until_ts})
     write_snapshot(case.snapshot, until_ts)
 
 

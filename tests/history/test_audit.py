@@ -70,7 +70,9 @@ def test_an_honest_join_passes_and_tells_its_margins(case):
     report = case.audit()
     report.raise_if_leaking()
     margins = [
-        row["event_ts"] - event["available_ts"] for row in case.requests for event in case.window(row)
+        row["event_ts"] - event["available_ts"]
+        for row in case.requests
+        for event in case.window(row)
     ]
     assert list(report.margin_s) == ["min", "p1", "p10", "p50", "p90", "p99", "max"]
     assert list(report.margin_s.values()) == sorted(report.margin_s.values())
@@ -230,7 +232,9 @@ def test_honest_logs_have_no_leak(drawn, delay_us, max_len, retention_us, histor
 @settings(max_examples=15)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1000, 3999), st.integers(-900, 900), st.booleans()),
+        st.tuples(
+            st.integers(1, 3), st.integers(1000, 3999), st.integers(-900, 900), st.booleans()
+        ),
         min_size=1,
         max_size=50,
     ),

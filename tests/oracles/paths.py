@@ -21,6 +21,7 @@ DAY_US = 24 * HOUR_US
 FM_STOP_TS = ORIGIN_TS + 9 * DAY_US
 """Where the split of `logs.config_for` ends the FM window."""
 SPEC = CodeSpec(4, 6, (0.5, 1.0, 1.5, 2.0, 1.0, 3.0))
+SETTINGS = JoinSettings(5)
 COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event")
 
 
@@ -54,9 +55,7 @@ def write_latents(
     """Embed everything after `until_ts`, on disk or on S3 (with a scratch folder)."""
     is_waiting = data.manifest.meta["history_events"] == "positives"
     inputs = {"prepared": data.manifest.version}
-    writer = LatentsWriter(
-        where, "snap", until_ts, SPEC, delay_us, is_waiting, inputs, scratch
-    )
+    writer = LatentsWriter(where, "snap", until_ts, SPEC, delay_us, is_waiting, inputs, scratch)
     span = TimeRange(until_ts + 1, data.log_range[1] + 1)
     parts = {
         (file.period, file.bucket): read_rows([file], span, columns=COLUMNS)
@@ -70,7 +69,7 @@ def write_latents(
     return writer.finish(list(parts), watermark_ts=data.log_range[1])
 
 
-def walk(folder: Path, rows, name="path", *, delay_us=0, join=JoinSettings(5), **settings) -> Paths:
+def walk(folder: Path, rows, name="path", *, delay_us=0, join=SETTINGS, **settings) -> Paths:
     """Take a log from its rows to the joined version of everything after the FM window."""
     root = folder / name
     data = prepare_rows(root, rows, **settings)
