@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from loopfm_ray.data.config import to_ts
 from loopfm_ray.data.examples import read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.history.join import JoinSettings, write_joined
@@ -14,7 +15,7 @@ from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.store.tables import map_ipc
 from loopfm_ray.types import TimeRange
-from tests.oracles.logs import ORIGIN_TS, prepare_rows
+from tests.oracles.logs import ORIGIN, ORIGIN_TS, prepare_rows
 
 HOUR_US = 3_600_000_000
 DAY_US = 24 * HOUR_US
@@ -38,21 +39,22 @@ class Paths:
         return PreparedData.open(self.prepared)
 
 
-def latents_of(rows):
-    """Return latent and prediction of each row from what it is, so that ids given anew change neither."""
+def latents_of(rows, zero_ts=ORIGIN_TS):
+    """Return latent and prediction of each row from what it is and when after `zero_ts`, whatever its id."""
     latents = np.empty((len(rows["item"]), SPEC.dim), dtype=np.float32)
     probs = np.empty(len(latents), dtype=np.float32)
     keys = zip(*(rows[name].tolist() for name in ("user", "item", "event_ts")), strict=True)
     for row, (user, item, event_ts) in enumerate(keys):
-        rng = np.random.default_rng([user, item, event_ts % 2**63])
+        rng = np.random.default_rng([user, item, event_ts - zero_ts])
         latents[row], probs[row] = rng.normal(size=SPEC.dim), rng.random()
     return latents, probs
 
 
 def write_latents(
-    data: PreparedData, where, *, delay_us=0, until_ts=FM_STOP_TS - 1, scratch=None
+    data: PreparedData, where, *, delay_us=0, zero_ts=ORIGIN_TS, scratch=None
 ) -> Manifest:
-    """Embed everything after `until_ts`, on disk or on S3 (with a scratch folder)."""
+    """Embed everything after the FM window of a log that begins at `zero_ts`, on disk or on S3 (with scratch)."""
+    until_ts = zero_ts + FM_STOP_TS - ORIGIN_TS - 1
     is_waiting = data.manifest.meta["history_events"] == "positives"
     inputs = {"prepared": data.manifest.version}
     writer = LatentsWriter(where, "snap", until_ts, SPEC, delay_us, is_waiting, inputs, scratch)
@@ -64,19 +66,22 @@ def write_latents(
     parts = {place: rows for place, rows in parts.items() if len(rows["user"])}
     writer.begin(list(parts))
     for place, rows in parts.items():
-        latents, probs = latents_of(rows)
+        latents, probs = latents_of(rows, zero_ts)
         writer.write(*place, {**rows, "fm_prob": probs}, latents)
     return writer.finish(list(parts), watermark_ts=data.log_range[1])
 
 
 def walk(folder: Path, rows, name="path", *, delay_us=0, join=SETTINGS, **settings) -> Paths:
-    """Take a log from its rows to the joined version of everything after the FM window."""
+    """Take a log from its rows to the joined version of everything after the FM window.
+
+    With another `period_origin` the log begins there, and the split has to follow.
+    """
     root = folder / name
+    shift_us = to_ts(settings.get("period_origin", ORIGIN)) - ORIGIN_TS
     data = prepare_rows(root, rows, **settings)
-    until_ts = data.log_range[1]
-    write_latents(data, root / "latents", delay_us=delay_us)
+    write_latents(data, root / "latents", delay_us=delay_us, zero_ts=ORIGIN_TS + shift_us)
     found = Paths(root / "prepared", root / "latents", root / "joined")
-    requests = TimeRange(FM_STOP_TS, until_ts + 1)
+    requests = TimeRange(FM_STOP_TS + shift_us, data.log_range[1] + 1)
     write_joined(found.prepared, found.latents, found.joined, requests, join)
     return found
 
