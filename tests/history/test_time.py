@@ -233,7 +233,7 @@ def test_the_worked_example_of_the_documentation(tmp_path):
         asked = {**own[3], "sku": "asked", "at": request_ts, "known_at": request_ts, "clicked": 0}
         return [{**row, "sku": str(row["sku"])} for row in [*rows_of([]), *own, asked]]
 
-    def history(request_ts, item, join=JoinSettings(5)):
+    def history(request_ts, item, join=paths.SETTINGS):
         name = f"{request_ts}-{join.max_len}-{join.retention_us}"
         options = {**SETTINGS, "items": None, "past": {"count_fields": ("item",), "max_len": 4}}
         path = paths.walk(tmp_path, log(request_ts), name, delay_us=delay_us, join=join, **options)
