@@ -16,6 +16,7 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.history.freshness import FreshnessConfig
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
@@ -112,11 +113,28 @@ class HistoryStageConfig(Config):
     """Older events are left out; none keeps all."""
     delay_s: NonNegativeFloat = 0.0
     """Seconds from an event to when its latent can be read."""
+    keep_s: PositiveFloat | None = None
+    """How long latents are kept: whole periods older than this before the last event are not materialized any more;
+    none keeps all. Requests whose teacher prediction was not kept can not be joined."""
+
+    @model_validator(mode="after")
+    def _keeps_what_histories_reach(self) -> Self:
+        if self.keep_s is not None and (self.retention_s or 0.0) > self.keep_s:
+            raise ConfigError(
+                f"history.keep_s must be at least history.retention_s, found {self.keep_s} and {self.retention_s}:"
+                " a history would lack events that it may hold"
+            )
+        return self
 
     @property
     def retention_us(self) -> int | None:
         """The retention in microseconds."""
         return None if self.retention_s is None else round(self.retention_s * MICROS_PER_S)
+
+    @property
+    def keep_us(self) -> int | None:
+        """How long latents are kept, in microseconds."""
+        return None if self.keep_s is None else round(self.keep_s * MICROS_PER_S)
 
     @property
     def delay_us(self) -> int:
@@ -191,6 +209,7 @@ class PipelineConfig(Config):
     """The VM with distillation alone, which LoopFM has to beat."""
     online: OnlineConfig = OnlineConfig()
     audit: AuditConfig = AuditConfig()
+    freshness: FreshnessConfig = FreshnessConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

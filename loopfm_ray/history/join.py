@@ -258,7 +258,7 @@ def _teacher(
     if num_missing:
         raise StoreError(
             f"{num_missing} of {len(wanted)} requests of bucket {task.bucket} have no row in {task.latents}, first"
-            f" example_id {int(wanted[np.argmin(found)])}; materialize the whole time range of the requests"
+            f" example_id {int(wanted[np.argmin(found)])}; materialize the whole time range of the requests (history.keep_s may keep too little)"
         )
     prob: NDArray[np.float32] = known_prob[place]
     return prob

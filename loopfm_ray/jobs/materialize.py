@@ -18,6 +18,7 @@ from loopfm_ray.data.batch import Batch
 from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import ExampleFile, read_rows
 from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.data.split import format_ts
 from loopfm_ray.errors import ConfigError, JobError, StoreError
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap
 from loopfm_ray.store.filesystem import Location
@@ -47,13 +48,22 @@ class Scope:
     Attributes:
         redo: only periods that overlap it are made again, all others must be the same as before; None makes again what
             changed.
-        retention_us: periods wholly older than this before the last event are left out; None keeps all.
+        keep_us: periods wholly older than this before the last event are left out; None keeps all.
+        is_fresh: whether everything is made again, also what did not change.
         scratch: where shards wait for the upload when the version is to lie on S3.
     """
 
     redo: TimeRange | None = None
-    retention_us: int | None = None
+    keep_us: int | None = None
+    is_fresh: bool = False
     scratch: Path | None = None
+
+    @property
+    def attempt(self) -> str:
+        """A name for work that is asked for though its result may be there already; empty for the work that is due."""
+        if self.is_fresh:
+            return "fresh"
+        return f"{self.redo.start_ts}-{self.redo.stop_ts}" if self.redo else ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class MaterializeTask:
     batch_rows: int = 4096
     redo: TimeRange | None = None
     """Only shards of this time are made again, the others must be taken over; None makes again what changed."""
+    is_fresh: bool = False
+    """Whether no shard is taken over."""
 
     @property
     def attempts(self) -> Path:
@@ -75,11 +87,11 @@ class MaterializeTask:
 
 
 def plan_shards(
-    data: PreparedData, snapshot: Snapshot, retention_us: int | None = None
+    data: PreparedData, snapshot: Snapshot, keep_us: int | None = None
 ) -> tuple[TimeRange, list[ExampleFile]]:
     """Return the time to embed, everything after the snapshot, and its example files.
 
-    Periods wholly older than `retention_us` before the last event are left out; None keeps all.
+    Periods wholly older than `keep_us` before the last event are left out; None keeps all.
 
     Raises:
         ConfigError: the snapshot is newer than all events.
@@ -92,8 +104,8 @@ def plan_shards(
         )
     time_range = TimeRange(snapshot.spec.trained_until_ts + 1, max_ts + 1)
     files = data.examples.files(time_range)
-    if retention_us is not None:
-        files = [file for file in files if file.period_range.stop_ts > max_ts - retention_us]
+    if keep_us is not None:
+        files = [file for file in files if file.period_range.stop_ts > max_ts - keep_us]
     return time_range, [file for file in files if _has_rows(file, time_range)]
 
 
@@ -136,7 +148,7 @@ class ShardEmbedder:
         self._collators: dict[int, Collator] = {}
         files = self._data.examples.files(task.time_range)
         self._files = {(file.period, file.bucket): file for file in files}
-        self._previous = task.writer.previous()
+        self._previous = None if task.is_fresh else task.writer.previous()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write the shard of `row` (period, bucket) unless it is there already; return its row counts."""
@@ -161,8 +173,8 @@ class ShardEmbedder:
             return task.writer.take_over(previous, file.period, file.bucket)
         if redo:
             raise StoreError(
-                f"period {file.period} of bucket {file.bucket} lies outside the range {redo.start_ts} to"
-                f" {redo.stop_ts} and {'changed' if before else 'is new'}: it can not be taken over;"
+                f"period {file.period} of bucket {file.bucket} (from {format_ts(span.start_ts)}) lies outside the range"
+                f" {format_ts(redo.start_ts)} to {format_ts(redo.stop_ts)} and {'changed' if before else 'is new'}: it can not be taken over;"
                 " widen the range or leave it out"
             )
         return None
@@ -255,12 +267,14 @@ def materialize(
 
     Raises:
         StoreError: `scope.redo` is given and a shard outside of it can not be taken over.
-        ConfigError: there is nothing later than the snapshot.
+        ConfigError: there is nothing later than the snapshot, or nothing of it in `scope.redo`.
         JobError: a worker failed.
     """
     data = PreparedData.open(prepared)
     snapshot = load_snapshot(snapshot_dir)
-    embedded, files = plan_shards(data, snapshot, scope.retention_us)
+    embedded, files = plan_shards(data, snapshot, scope.keep_us)
+    if scope.redo:
+        _check_redo(scope.redo, files)
     writer = LatentsWriter(
         final_dir=out_dir.absolute() if isinstance(out_dir, Path) else out_dir,
         snapshot_id=snapshot.snapshot_id,
@@ -270,9 +284,15 @@ def materialize(
         waits_for_label=data.manifest.meta["history_events"] == "positives",
         inputs={"prepared": data.manifest.version, "snapshot": snapshot.version},
         scratch=scope.scratch,
+        attempt=scope.attempt,
     )
     task = MaterializeTask(
-        prepared.absolute(), snapshot_dir.absolute(), embedded, writer, redo=scope.redo
+        prepared.absolute(),
+        snapshot_dir.absolute(),
+        embedded,
+        writer,
+        redo=scope.redo,
+        is_fresh=scope.is_fresh,
     )
     shards = [(file.period, file.bucket) for file in files]
     finished = writer.begin(shards)
@@ -281,7 +301,29 @@ def materialize(
     shutil.rmtree(task.attempts, ignore_errors=True)
     todo = [place for place in shards if writer.completed(*place) is None]
     _run(task, todo, num_workers, progress)
-    return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)
+    return writer.finish(
+        shards,
+        watermark_ts=data.log_range[1],
+        kept_from_ts=None if scope.keep_us is None else _kept_from(embedded, files),
+        replace_other=True,
+    )
+
+
+def _kept_from(embedded: TimeRange, files: Sequence[ExampleFile]) -> int:
+    """Return the time from which on everything that was embedded is kept."""
+    return max(embedded.start_ts, min(file.period_range.start_ts for file in files))
+
+
+def _check_redo(redo: TimeRange, files: Sequence[ExampleFile]) -> None:
+    """Make sure that there is something to make again."""
+    spans = [file.period_range for file in files]
+    if any(redo.start_ts < span.stop_ts and span.start_ts < redo.stop_ts for span in spans):
+        return
+    first, last = min(span.start_ts for span in spans), max(span.stop_ts for span in spans)
+    raise ConfigError(
+        f"the range {format_ts(redo.start_ts)} to {format_ts(redo.stop_ts)} holds no period that is embedded; those run"
+        f" from {format_ts(first)} to {format_ts(last)}"
+    )
 
 
 def _run(

@@ -3,6 +3,8 @@
 Up to date means: made by the same code, from the same settings and the same input versions.
 """
 
+import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loopfm_ray.config import config_hash
+from loopfm_ray.data.log import log_files
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
@@ -24,18 +27,22 @@ from loopfm_ray.jobs.evaluate import (
     read_record,
     write_record,
 )
+from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.mapping import Progress, RayMapper
-from loopfm_ray.jobs.materialize import materialize
+from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
 from loopfm_ray.store.manifest import MANIFEST, Manifest, code_version, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.store.space import Space
+from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
 __all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Context:
     config: PipelineConfig
     progress: Progress
     fresh: bool = False
+    redo: TimeRange | None = None
+    """Of materialize: the time that is made again, while all other must be as before."""
 
     def mapper(self, stage: str) -> RayMapper:
         """Return a mapper over the cluster that reports as `stage`."""
@@ -77,10 +86,16 @@ def _needed(path: Path, stage: str) -> Manifest:
 def run_prepare(context: Context) -> dict[str, Any]:
     """Write the prepared version."""
     config, path = context.config, context.config.paths.prepared
-    manifest = None if context.fresh else _current(path, config_hash(config.data), {})
+    log, read = log_files(config.data), config.paths.records / "log.json"
+    is_same = log == (json.loads(read.read_text(encoding="utf-8")) if read.is_file() else {})
+    manifest = None
+    if is_same and not context.fresh:
+        manifest = _current(path, config_hash(config.data), {})
     if manifest is None:
         context.progress("prepare", 0, 1)
         manifest = prepare(config.data, path, mapper=context.mapper("prepare"), replace_other=True)
+        text = json.dumps(log, indent=1, sort_keys=True)
+        write_atomically(read, lambda staged: staged.write_text(text, encoding="utf-8"))
     return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
 
 
@@ -109,12 +124,11 @@ def run_train_fm(context: Context) -> dict[str, Any]:
 
 
 def run_materialize(context: Context) -> dict[str, Any]:
-    """Write the latents version of each seed."""
+    """Write the latents version of each seed; say how much of it was made for it and how much was taken over."""
     config, result = context.config, {}
+    scope = Scope(redo=context.redo, keep_us=config.history.keep_us, is_fresh=context.fresh)
     for seed in config.seeds:
         _needed(config.paths.fm(seed), "train-fm")
-        if context.fresh:
-            shutil.rmtree(config.paths.latents(seed), ignore_errors=True)
         manifest = materialize(
             config.paths.prepared,
             config.paths.fm(seed),
@@ -122,8 +136,15 @@ def run_materialize(context: Context) -> dict[str, Any]:
             delay_us=config.history.delay_us,
             num_workers=config.ray.parallel_tasks,
             progress=context.progress,
+            scope=scope,
         )
-        result[f"seed={seed}"] = {"version": manifest.version, "rows": manifest.num_rows}
+        result[f"seed={seed}"] = {
+            "version": manifest.version,
+            "rows": manifest.num_rows,
+            "reused": manifest.record["num_reused"],
+            "redone": manifest.record["num_redone"],
+            "late_events": manifest.record.get("num_late_events", 0),
+        }
     return result
 
 
@@ -152,7 +173,11 @@ def run_join(context: Context) -> dict[str, Any]:
                 replace_other=True,
             )
         shown = ("coverage", "mean_length", "staleness_s")
+        fresh = joined_freshness(config, seed)
+        for alarm in fresh["alarms"]:
+            _LOGGER.warning("seed %d: %s", seed, alarm)
         result[f"seed={seed}"] = {name: manifest.meta[name] for name in shown}
+        result[f"seed={seed}"] |= {name: fresh[name] for name in ("coverage_by_age", "alarms")}
     return result
 
 
@@ -168,6 +193,7 @@ def run_audit(context: Context) -> dict[str, Any]:
     return {
         "num_checked": report.num_checked,
         "num_leaks": report.num_leaks,
+        "num_entries": report.num_entries,
         "margin_s": report.margin_s,
     }
 
@@ -176,6 +202,8 @@ def _audit(config: PipelineConfig, seed: int) -> AuditReport:
     return audit(
         config.paths.joined(seed),
         str(config.paths.latents(seed)),
+        config.paths.prepared,
+        config.paths.fm(seed),
         sample=config.audit.sample,
         seed=seed,
     )

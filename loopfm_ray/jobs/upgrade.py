@@ -144,7 +144,7 @@ def _scope(config: PipelineConfig, seed: int, space: Space) -> Scope:
     path = config.paths.latents(seed)
     if (path / MANIFEST).is_file() and Space.of_meta(read_manifest(path).meta) == space:
         return Scope()
-    return Scope(retention_us=config.history.retention_us)
+    return Scope(keep_us=config.history.retention_us)
 
 
 def _needed(path: Path, stage: str) -> Manifest:

@@ -190,11 +190,13 @@ def write_manifest(staged: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
+def install(
+    staged: Path, final_dir: Path, *, replace_other: bool, keep_equal: bool = True
+) -> Manifest:
     """Rename a directory with a manifest to its final name and return the manifest that lies there.
 
-    An equal version that is already there stays and `staged` is dropped. Another version gives way when
-    `replace_other`: it is renamed away, the new one in; a kill between the two is undone by `recover`.
+    An equal version that is already there stays and `staged` is dropped, unless `keep_equal` is False: then it gives way
+    like another, in case its files are damaged. Another version gives way when `replace_other`: it is renamed away, the new one in; a kill between the two is undone by `recover`.
 
     Raises:
         StoreError: the final name holds another version, or something that is no version.
@@ -207,10 +209,11 @@ def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
                 " move it away or choose another path"
             )
         present = read_manifest(final_dir)
-        if present.version == manifest.version:
+        is_equal = present.version == manifest.version
+        if is_equal and keep_equal:
             shutil.rmtree(staged)
             return present
-        if not replace_other:
+        if not is_equal and not replace_other:
             raise StoreError(
                 f"{final_dir} holds version {present.version}, the new one is {manifest.version};"
                 " remove it, choose another path, or ask for it to be replaced"

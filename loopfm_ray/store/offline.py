@@ -83,7 +83,8 @@ class LatentsWriter:
 
     Picklable, so a worker gets it whole. `waits_for_label` says that being an event tells the label (a log whose events
     are its positives), so an event is not readable before its label is known. `scratch` is where shards wait for the
-    upload when `final_dir` is an `s3://` address: a local folder, or one that all workers share.
+    upload when `final_dir` is an `s3://` address: a local folder, or one that all workers share. `attempt` names work that
+    is to be done though the version is there already; its shards wait apart, so that they mix with no others.
     """
 
     final_dir: Location
@@ -94,6 +95,7 @@ class LatentsWriter:
     waits_for_label: bool
     inputs: Mapping[str, str]
     scratch: Path | None = None
+    attempt: str = ""
 
     def __post_init__(self) -> None:
         if is_remote(self.final_dir) and self.scratch is None:
@@ -117,7 +119,10 @@ class LatentsWriter:
     def work_dir(self) -> Path:
         """Where shards wait for `finish`."""
         parent, name = self._place
-        return parent / f".{name}.work-{self.key}"
+        return (
+            parent
+            / f".{name}.work-{config_hash(self.key, self.attempt) if self.attempt else self.key}"
+        )
 
     @property
     def _place(self) -> tuple[Path, str]:
@@ -134,11 +139,12 @@ class LatentsWriter:
             shards: all `(period, bucket)` of the version.
 
         Returns:
-            the manifest, if the version of these shards is already there; then nothing is left to do.
+            the manifest, if the version of these shards is already there and no `attempt` asks for it again; then nothing
+            is left to do.
         """
         if not is_remote(self.final_dir):
             recover(Path(self.final_dir))
-        done = self._finished(shards)
+        done = None if self.attempt else self._finished(shards)
         parent, name = self._place
         for folder in parent.glob(f".{name}.work-*"):
             if done is not None or folder != self.work_dir:
@@ -241,13 +247,19 @@ class LatentsWriter:
         return stats
 
     def finish(
-        self, shards: Sequence[tuple[int, int]], *, watermark_ts: int, replace_other: bool = False
+        self,
+        shards: Sequence[tuple[int, int]],
+        *,
+        watermark_ts: int,
+        kept_from_ts: int | None = None,
+        replace_other: bool = False,
     ) -> Manifest:
         """Make the version of exactly these `(period, bucket)` shards.
 
         Args:
             shards: all shards of the version.
             watermark_ts: time up to which all events are in it.
+            kept_from_ts: time from which on all events are in it; None is everything later than the snapshot.
             replace_other: whether another version under the final name gives way.
 
         Raises:
@@ -267,6 +279,7 @@ class LatentsWriter:
         meta = {
             **self._meta(),
             "watermark_ts": watermark_ts,
+            "kept_from_ts": self.trained_until_ts + 1 if kept_from_ts is None else kept_from_ts,
             "num_events": sum(item.num_events for item in whole),
             "fingerprint": merge_fingerprint(whole, self.spec.dim),
         }
@@ -285,7 +298,12 @@ class LatentsWriter:
             if begun is not None:
                 manifest = commit_folder(begun, staged, manifest, replace_other=replace_other)
             else:
-                manifest = install(staged, Path(self.final_dir), replace_other=replace_other)
+                manifest = install(
+                    staged,
+                    Path(self.final_dir),
+                    replace_other=replace_other,
+                    keep_equal=not self.attempt,
+                )
         shutil.rmtree(self.work_dir)
         _log.info("latents %s: %s", manifest.version, record)
         return manifest

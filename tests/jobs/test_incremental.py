@@ -169,7 +169,7 @@ def test_a_backfill_redoes_its_range_and_refuses_changes_outside(base, tmp_path)
 def test_expired_periods_are_left_out_and_the_rest_is_taken_over(base, tmp_path):
     log = base[2]
     make(base, tmp_path, all_rows(log), tmp_path / "step")
-    scope = Scope(retention_us=20 * MICROS_PER_DAY)
+    scope = Scope(keep_us=20 * MICROS_PER_DAY)
     stepped = make(base, tmp_path, all_rows(log), tmp_path / "step", scope)
     full = make(base, tmp_path, all_rows(log), tmp_path / "full", scope)
     assert stepped.version == full.version

@@ -65,6 +65,7 @@ def write_prepared(folder: Path, examples):
                 path = staged / f"examples/bucket={bucket:03d}/period={period:04d}.parquet"
                 write_parquet(pa.table(rows), path)
         meta = {"num_buckets": NUM_BUCKETS, "period_us": PERIOD_US, "period_origin_ts": 0}
+        meta |= {"history_events": "positives"}
         return commit(
             staged,
             kind="prepared",
