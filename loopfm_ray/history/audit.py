@@ -94,9 +94,9 @@ def audit(
     manifest = read_manifest(joined)
     reader = LatentsReader(latents)
     expected = manifest.inputs.get("latents")
-    if reader.manifest.version != expected:
+    if reader.manifest.content != expected:
         raise StoreError(
-            f"{joined} was made from latents {expected}, found {reader.manifest.version} at {latents};"
+            f"{joined} was made from latents {expected}, found {reader.manifest.content} at {latents};"
             " give the version it was made from"
         )
     meta = manifest.meta

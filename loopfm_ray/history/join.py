@@ -164,7 +164,7 @@ def write_joined(
             config_hash=config_hash(
                 settings.max_len, settings.retention_us, time_range.start_ts, time_range.stop_ts
             ),
-            inputs={"prepared": origin.version, "latents": source.version},
+            inputs={"prepared": origin.version, "latents": source.content},
             meta=joined_meta(origin, source, time_range, settings, stats),
             num_rows=stats.num_requests,
             replace_other=replace_other,
@@ -190,7 +190,7 @@ def joined_meta(
     return {
         **{name: latents.meta[name] for name in inherited},
         **{name: prepared.meta[name] for name in ("num_buckets", "period_us", "period_origin_ts")},
-        "latents_version": latents.version,
+        "latents_version": latents.content,
         "max_len": settings.max_len,
         "retention_us": settings.retention_us,
         "start_ts": time_range.start_ts,

@@ -122,7 +122,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
             num_workers=config.ray.parallel_tasks,
             progress=context.progress,
         )
-        result[f"seed={seed}"] = {"version": manifest.version, "rows": manifest.num_rows}
+        result[f"seed={seed}"] = {"content": manifest.content, "rows": manifest.num_rows}
     return result
 
 
@@ -135,7 +135,7 @@ def run_join(context: Context) -> dict[str, Any]:
     for seed in config.seeds:
         latents = _needed(config.paths.latents(seed), "materialize")
         prepared = read_manifest(config.paths.prepared)
-        inputs = {"prepared": prepared.version, "latents": latents.version}
+        inputs = {"prepared": prepared.version, "latents": latents.content}
         hashed = config_hash(
             settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
         )

@@ -49,6 +49,7 @@ __all__ = [
     "disk_errors",
     "draft",
     "file_location",
+    "finish",
     "install",
     "read_manifest",
     "recover",
@@ -123,12 +124,29 @@ def commit(
         num_rows=num_rows,
         seconds=seconds,
     )
+    return finish(staged, staged.parent / final_name, manifest, replace_other=replace_other)
+
+
+def finish(
+    staged: Path, final_dir: Path, manifest: Manifest, *, replace_other: bool = False
+) -> Manifest:
+    """Write a drafted manifest into `staged` and make the directory the version, as `commit` does.
+
+    Args:
+        staged: the directory with all files; one with a claim is uploaded to where that says.
+        final_dir: the final name on a local disk.
+        manifest: from `draft`.
+        replace_other: whether another version under the final name gives way.
+
+    Raises:
+        StoreError: as `commit`, or the disk is full.
+    """
     with disk_errors(staged):
         manifest = write_manifest(staged, manifest)
         claim = claim_of(staged)
         if claim is not None:
             return commit_folder(claim, staged, manifest, replace_other=replace_other)
-        return install(staged, staged.parent / final_name, replace_other=replace_other)
+        return install(staged, final_dir, replace_other=replace_other)
 
 
 def draft(

@@ -60,7 +60,7 @@ def publish(
         StoreError: the versions can not be read or written, or ids and keys do not fit.
     """
     reader = LatentsReader(latents)
-    version = reader.manifest.version
+    version = reader.manifest.content
     name = version if max_events_per_user is None else f"{version}-{max_events_per_user}"
     histories = iterate_histories(reader, user_keys, max_events_per_user)
     records = ((key, pack_history(history)) for key, history in histories)
@@ -140,7 +140,7 @@ def load_memory(
     """
     reader = LatentsReader(latents)
     histories = dict(iterate_histories(reader, user_keys, max_events_per_user))
-    return MemoryStore(histories, reader.manifest.version, _meta(reader, max_events_per_user))
+    return MemoryStore(histories, reader.manifest.content, _meta(reader, max_events_per_user))
 
 
 def iterate_histories(
@@ -182,7 +182,7 @@ def _is_redis(target: str | Path) -> bool:
 def _meta(reader: LatentsReader, max_events_per_user: int | None) -> dict[str, Any]:  # Any: JSON
     return {
         **reader.manifest.meta,
-        "latents_version": reader.manifest.version,
+        "latents_version": reader.manifest.content,
         "max_events_per_user": max_events_per_user,
     }
 

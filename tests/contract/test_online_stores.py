@@ -133,7 +133,7 @@ def test_answers_follow_the_order_of_the_keys_and_repeat_with_them(store):
 
 def test_store_tells_what_it_holds(store, world):
     manifest = read_manifest(world / "one")
-    assert store.version == manifest.version
+    assert store.version == manifest.content
     assert store.meta["snapshot_id"] == "one"
     assert CodeSpec.from_tree(store.meta["code_spec"]) == worlds.SPEC
     assert store.meta["watermark_ts"] == 4000
@@ -241,7 +241,7 @@ def test_only_the_two_newest_versions_stay_and_a_live_one_can_return(target, wor
     first = open_current(target)
     publish(world / "two", KEYS, target)
     three = publish(world / "three", KEYS, target)
-    assert names(target) == {read_manifest(world / name).version for name in ("two", "three")}
+    assert names(target) == {read_manifest(world / name).content for name in ("two", "three")}
     if isinstance(target, str):
         with pytest.raises(StoreError, match="was removed"):
             first.get_many(KEYS)

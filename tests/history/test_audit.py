@@ -12,6 +12,7 @@ from loopfm_ray.history.audit import audit
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.store import manifest as manifests
 from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.rows import Rule, read_rows, write_rows
 from loopfm_ray.store.tables import code_bytes, code_column, map_ipc, write_ipc, write_parquet
 from tests.oracles import worlds
 
@@ -42,9 +43,7 @@ class Tampered:
         self.history = map_ipc(self.history_path).to_pylist()
         self.requests = pq.read_table(self.request_path, partitioning=None).to_pylist()
         shards = sorted((root / "latents").glob("*/*.parquet"))
-        rows = [
-            row for path in shards for row in pq.read_table(path, partitioning=None).to_pylist()
-        ]
+        rows = [row for path in shards for row in read_rows(path, worlds.SPEC).to_pylist()]
         self.events = [row for row in rows if row["is_event"]]
 
     def request(self, min_length=3):
@@ -271,12 +270,12 @@ def test_other_latents_than_those_joined_are_refused(world, tmp_path):
 
 
 def rewrite(folder, change_shard=None, change_meta=None):
-    """Change a latents version and its manifest alike, so that only the audit can tell; return its version."""
+    """Change a latents version and its manifest alike, so that only the audit can tell; return its content."""
     manifest = read_manifest(folder)
     path = folder / "period=0001/bucket=001.parquet"
-    table = pq.read_table(path, partitioning=None)
     if change_shard is not None:
-        write_parquet(change_shard(table), path)
+        rule = Rule(manifest.meta["delay_us"], manifest.meta["waits_for_label"])
+        write_rows(change_shard(read_rows(path, worlds.SPEC)), path, rule)
     meta = {**manifest.meta, **(change_meta or {})}
     draft = manifests.draft(
         kind="latents",
@@ -286,7 +285,7 @@ def rewrite(folder, change_shard=None, change_meta=None):
         num_rows=manifest.num_rows,
     )
     (folder / "manifest.json").unlink()
-    return manifests.write_manifest(folder, draft).version
+    return manifests.write_manifest(folder, draft).content
 
 
 def point_to(joined, version):

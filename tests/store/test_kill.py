@@ -157,7 +157,7 @@ def test_killed_writer_shows_no_half_version_and_completes(tmp_path, program, na
 def test_killed_publish_leaves_the_old_version_live_and_completes(tmp_path):
     base = tmp_path / "base"
     want, points = kill_all_along(base, PUBLISH)
-    old, new = (read_manifest(base / "whole" / name).version for name in ("one", "two"))
+    old, new = (read_manifest(base / "whole" / name).content for name in ("one", "two"))
     seen = []
     for point in points:
         store = open_current(base / f"{point}-killed" / "online")
