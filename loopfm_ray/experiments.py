@@ -20,6 +20,7 @@ from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.store.compact import TARGET_ROWS
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
 from loopfm_ray.types import MICROS_PER_S
@@ -112,11 +113,21 @@ class HistoryStageConfig(Config):
     """Older events are left out; none keeps all."""
     delay_s: NonNegativeFloat = 0.0
     """Seconds from an event to when its latent can be read."""
+    expire_s: PositiveFloat | None = None
+    """Periods of latents wholly older than this before the last event are not kept; none keeps all. The join needs those
+    of the VM window and of the histories before it."""
+    compact_rows: PositiveInt = TARGET_ROWS
+    """Rows of a file of latents that `loopfm compact` makes, about."""
 
     @property
     def retention_us(self) -> int | None:
         """The retention in microseconds."""
         return None if self.retention_s is None else round(self.retention_s * MICROS_PER_S)
+
+    @property
+    def expire_us(self) -> int | None:
+        """How long latents are kept, in microseconds."""
+        return None if self.expire_s is None else round(self.expire_s * MICROS_PER_S)
 
     @property
     def delay_us(self) -> int:

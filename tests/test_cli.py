@@ -21,6 +21,7 @@ VERBS = [
     "publish",
     "parity",
     "report",
+    "compact",
     "serve",
     "config",
     "doctor",

@@ -20,7 +20,9 @@ from loopfm_ray.jobs.scoring import run_parity
 from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
+from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.sizes import measure_sizes, online_event_bytes
 from loopfm_ray.store.tables import write_atomically
 
 __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
@@ -175,6 +177,10 @@ def _summary(
         "sizes": {
             "latents_bytes": latents.num_bytes,
             "bytes_per_event": latents.num_bytes / max(latents.num_rows, 1),
+            "encoded_bytes_per_event": measure_sizes(paths.latents(seed)).encoded_bytes_per_event,
+            "online_bytes_per_event": online_event_bytes(
+                CodeSpec.from_tree(latents.meta["code_spec"])
+            ),
             "online_bytes": _disk_bytes(paths.online),
             "joined_bytes": joined.num_bytes,
         },

@@ -25,7 +25,7 @@ from loopfm_ray.jobs.evaluate import (
     write_record,
 )
 from loopfm_ray.jobs.mapping import Progress, RayMapper
-from loopfm_ray.jobs.materialize import materialize
+from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
@@ -121,6 +121,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
             delay_us=config.history.delay_us,
             num_workers=config.ray.parallel_tasks,
             progress=context.progress,
+            scope=Scope(retention_us=config.history.expire_us),
         )
         result[f"seed={seed}"] = {"content": manifest.content, "rows": manifest.num_rows}
     return result

@@ -41,7 +41,7 @@ class LatentsReader:
         self.manifest = read_manifest(location)
         check_latents(location, self.manifest)
         self.spec = CodeSpec.from_tree(self.manifest.meta["code_spec"])
-        self._files = sorted(
+        self.files = sorted(
             ShardFile.parse(entry.path) for entry in self.manifest.files if entry.path != SHARDS
         )
 
@@ -53,13 +53,13 @@ class LatentsReader:
     @property
     def buckets(self) -> list[int]:
         """The buckets that have shards."""
-        return sorted({file.bucket for file in self._files})
+        return sorted({file.bucket for file in self.files})
 
     @property
     def periods(self) -> list[int]:
         """The periods that have shards."""
-        if all(file.first == file.last for file in self._files):
-            return sorted({file.first for file in self._files})
+        if all(file.first == file.last for file in self.files):
+            return sorted({file.first for file in self.files})
         return sorted({period for period, _ in self.shards})
 
     def read_bucket(
@@ -84,7 +84,7 @@ class LatentsReader:
         needed = [name for name in schema.names if name in {*wanted, *extra}]
         parts = [
             self._read(file, needed, periods)
-            for file in self._files
+            for file in self.files
             if file.bucket == bucket and _overlaps(file, periods)
         ]
         empty = pa.schema([schema.field(name) for name in needed]).empty_table()
@@ -104,7 +104,9 @@ class LatentsReader:
         if periods is None or file.first == file.last:
             return table
         chosen = [
-            item for item in self.shards.values() if item.path == file.path and item.period in periods
+            item
+            for item in self.shards.values()
+            if item.path == file.path and item.period in periods
         ]
         return table.filter(pa.array(in_shards(table.column("event_ts").to_numpy(), chosen)))
 

@@ -25,7 +25,15 @@ from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.tables import code_bytes, read_parquet, write_atomically
 
-__all__ = ["LATENTS_FORMAT", "Rule", "latents_schema", "read_rows", "rows_columns", "rows_sha256", "write_rows"]
+__all__ = [
+    "LATENTS_FORMAT",
+    "Rule",
+    "latents_schema",
+    "read_rows",
+    "rows_columns",
+    "rows_sha256",
+    "write_rows",
+]
 
 LATENTS_FORMAT = 2
 """Of the files of a latents version; readers refuse any other."""

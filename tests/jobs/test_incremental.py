@@ -180,5 +180,9 @@ def test_expired_periods_are_left_out_and_the_rest_is_taken_over(base, tmp_path)
     last = int(base[2].column("ts").to_numpy().max())
     period_us = read_manifest(tmp_path / "prepared-0").meta["period_us"]
     for path in (tmp_path / "step").rglob("bucket=*.parquet"):
-        times = read_rows(path, LatentsReader(tmp_path / "step").spec, ["event_ts"]).column("event_ts").to_numpy()
+        times = (
+            read_rows(path, LatentsReader(tmp_path / "step").spec, ["event_ts"])
+            .column("event_ts")
+            .to_numpy()
+        )
         assert times.min() > last - 20 * MICROS_PER_DAY - period_us
