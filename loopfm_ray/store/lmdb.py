@@ -5,7 +5,8 @@ Readers share the page cache, take no lock and copy nothing; a version never cha
 
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -114,7 +115,7 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
         StoreError: a key is empty or too long, or the disk is full.
     """
     count = 0
-    with disk_errors(folder):
+    with _lmdb_errors(folder), disk_errors(folder):
         env = lmdb.open(
             str(folder / FILE),
             subdir=False,
@@ -135,12 +136,19 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
                     transaction.put(name, record)
                     count += 1
             env.sync(True)
-        except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
-            free = shutil.disk_usage(folder).free
-            raise StoreError(
-                f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
-                " free some space or choose another path, then publish again"
-            ) from error
         finally:
             env.close()
     return count
+
+
+@contextmanager
+def _lmdb_errors(folder: Path) -> Iterator[None]:
+    """Turn what LMDB raises inside the block, a full disk among it, into a StoreError."""
+    try:
+        yield
+    except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
+            " free some space or choose another path, then publish again"
+        ) from error

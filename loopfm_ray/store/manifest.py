@@ -235,7 +235,11 @@ def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
             )
         old = final_dir.parent / f".{final_dir.name}.old-{secrets.token_hex(4)}"
         final_dir.rename(old)
-        staged.rename(final_dir)
+        try:
+            staged.rename(final_dir)
+        except OSError:
+            old.rename(final_dir)
+            raise
         sync(final_dir.parent)
         shutil.rmtree(old)
     else:

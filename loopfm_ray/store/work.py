@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from loopfm_ray.errors import StoreError
 from loopfm_ray.store.filesystem import Location, is_remote, read_bytes
 from loopfm_ray.store.manifest import MANIFEST, disk_errors
-from loopfm_ray.errors import StoreError
 from loopfm_ray.store.shards import Place, ShardFile, ShardStats, parse_stats
 from loopfm_ray.store.tables import write_atomically
 

@@ -1,6 +1,5 @@
 """Compaction and expiry change files, not rows; a version made over a compacted one is that of a full rebuild."""
 
-import os
 import shutil
 from dataclasses import replace
 from unittest.mock import patch
@@ -222,7 +221,7 @@ def test_wrong_settings_and_versions_are_refused(latents, examples, tmp_path):
     with pytest.raises(StoreError, match="no dataset version"):
         compact(tmp_path / "nothing")
     worlds.write_prepared(tmp_path / "prepared", examples)
-    with pytest.raises(StoreError, match="kind 'prepared', expected 'latents'"):
+    with pytest.raises(StoreError, match=r"kind 'prepared', expected 'latents'"):
         compact(tmp_path / "prepared")
     writer = replace(worlds.make_writer(tmp_path / "other"), period_us=None)
     writer.begin([(1, 0)])
@@ -247,7 +246,7 @@ def test_shards_that_overlap_in_time_do_not_share_a_file(examples, tmp_path):
     worlds.write_shard(writer, examples, 4, 0)
     writer.finish([(1, 0), (2, 0), (3, 0), (4, 0)], watermark_ts=9000)
     before = worlds.tree_bytes(tmp_path / "latents")
-    with pytest.raises(StoreError, match="periods 2 and 3 of bucket 0 .* overlap in time"):
+    with pytest.raises(StoreError, match=r"periods 2 and 3 of bucket 0 .* overlap in time"):
         compact(tmp_path / "latents")
     assert worlds.tree_bytes(tmp_path / "latents") == before
 
@@ -263,7 +262,7 @@ def test_shards_of_another_code_stay_so_when_they_are_compacted(latents, example
 def test_a_longer_run_that_was_killed_leaves_no_expired_rows(latents, examples):
     """The whole compacted file was taken over, then a run that lets its first periods expire goes on."""
     compact(latents)
-    shards, watermark_ts = worlds.shards_of(examples)
+    shards, _ = worlds.shards_of(examples)
     inputs = {"prepared": "q"}
     writer = worlds.make_writer(latents, inputs=inputs)
     writer.begin(shards)
@@ -301,7 +300,7 @@ def test_any_order_of_steps_gives_the_content_and_rows_of_a_full_rebuild(
     lag[np.random.default_rng(seed + 1).random(len(lag)) < 0.9] = 0
     until, patience, retention_us = 3, 0, None
     # flushing to disk, which is of no use here, takes most of the time
-    with patch("loopfm_ray.store.tables.sync"), patch("loopfm_ray.store.manifest.sync"):
+    with patch("os.fsync"):
         for number, (step, value) in enumerate([("advance", 0), *steps]):
             if step == "compact":
                 before = read_manifest(root / "step").content
@@ -362,4 +361,4 @@ def test_on_s3_rows_stay_when_compacted_and_expired_objects_go_with_the_next_com
     names = S3Folder.of(there).sizes()
     assert {name.split("/")[0] for name in names} == {"manifest.json", again.data, gone.data}
     verify(there)
-    assert not [path for path in os.listdir(tmp_path) if path.startswith("loopfm-")]
+    assert not list(tmp_path.glob("loopfm-*"))
