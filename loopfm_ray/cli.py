@@ -143,6 +143,22 @@ for _name, _text in {
 
 
 @app.command()
+def compact(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Put the small files of the latents together and drop what is too old; the rows stay the same."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.compaction import compact_latents
+
+    with _progress() as progress:
+        result = compact_latents(settings, progress)
+    _print_result(result, as_json)
+
+
+@app.command()
 def upgrade(
     beside: Annotated[Path, typer.Option(help="Folder of the run that is served now.")],
     config: ConfigArgument = None,

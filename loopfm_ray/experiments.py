@@ -21,6 +21,7 @@ from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.store.compact import TARGET_ROWS
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
 from loopfm_ray.types import MICROS_PER_S
@@ -116,6 +117,8 @@ class HistoryStageConfig(Config):
     keep_s: PositiveFloat | None = None
     """How long latents are kept: whole periods older than this before the last event are not materialized any more;
     none keeps all. Requests whose teacher prediction was not kept can not be joined."""
+    compact_rows: PositiveInt = TARGET_ROWS
+    """Rows of a file of latents that `loopfm compact` makes, about."""
 
     @model_validator(mode="after")
     def _keeps_what_histories_reach(self) -> Self:

@@ -22,6 +22,7 @@ VERBS = [
     "publish",
     "parity",
     "report",
+    "compact",
     "upgrade",
     "spaces",
     "retire",

@@ -176,9 +176,9 @@ def _open(joined: Path, latents: Location, prepared: Path) -> _Versions:
     places = {"latents": (latents, reader.manifest), "prepared": (prepared, origin)}
     for name, (place, other) in places.items():
         expected = manifest.inputs.get(name)
-        if other.version != expected:
+        if other.content != expected:
             raise StoreError(
-                f"{joined} was made from {name} {expected}, found {other.version} at {place};"
+                f"{joined} was made from {name} {expected}, found {other.content} at {place};"
                 " give the version it was made from"
             )
     return _Versions(joined, manifest, reader, prepared, origin)

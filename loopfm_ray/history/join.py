@@ -24,7 +24,7 @@ from loopfm_ray.history.staleness import StalenessSketch
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage
 from loopfm_ray.store.offline import LatentsReader
-from loopfm_ray.store.space import Space, latents_id
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import read_parquet, write_ipc, write_parquet
 from loopfm_ray.types import TimeRange
 
@@ -165,7 +165,7 @@ def write_joined(
             config_hash=config_hash(
                 settings.max_len, settings.retention_us, time_range.start_ts, time_range.stop_ts
             ),
-            inputs={"prepared": origin.version, "latents": source.version},
+            inputs={"prepared": origin.version, "latents": source.content},
             meta=joined_meta(origin, source, time_range, settings, stats),
             num_rows=stats.num_requests,
             replace_other=replace_other,
@@ -184,7 +184,7 @@ def joined_meta(
         **Space.of_meta(latents.meta).to_meta(),
         **{name: latents.meta[name] for name in ("trained_until_ts", "watermark_ts")},
         **{name: prepared.meta[name] for name in ("num_buckets", "period_us", "period_origin_ts")},
-        "latents_version": latents_id(latents),
+        "latents_version": latents.content,
         "max_len": settings.max_len,
         "retention_us": settings.retention_us,
         "start_ts": time_range.start_ts,

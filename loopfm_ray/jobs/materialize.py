@@ -23,7 +23,8 @@ from loopfm_ray.errors import ConfigError, JobError, StoreError
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest
-from loopfm_ray.store.offline import LatentsWriter
+from loopfm_ray.store.offline import LatentsWriter, Previous
+from loopfm_ray.store.shards import Place, shard_path
 from loopfm_ray.train.embed import Embedder
 from loopfm_ray.train.snapshot import Snapshot, load_snapshot
 from loopfm_ray.types import TimeRange
@@ -33,6 +34,7 @@ __all__ = [
     "Scope",
     "ShardEmbedder",
     "batch_sha256",
+    "group_shards",
     "materialize",
     "plan_shards",
 ]
@@ -151,33 +153,39 @@ class ShardEmbedder:
         self._previous = None if task.is_fresh else task.writer.previous()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the shard of `row` (period, bucket) unless it is there already; return its row counts."""
-        period, bucket = int(row["period"]), int(row["bucket"])
-        stats = self._task.writer.completed(period, bucket)
-        if stats is None:
-            self._count_attempt(period, bucket)
-            file = self._files[period, bucket]
-            stats = self._take_over(file) or self._write(file)
-        return {"period": period, "bucket": bucket, "num_rows": stats.num_rows}
+        """Write the shards of `row` (bucket, periods) that are not there already; return how many there are.
 
-    def _take_over(self, file: ExampleFile) -> Any:
-        """Return the stats of the shard taken over from the version before, None if it has to be made again."""
-        task, span = self._task, file.period_range
-        redo = task.redo
+        Those that lie in one file of the version before must come together: if all are the same, the file is taken over.
+        """
+        bucket, writer = int(row["bucket"]), self._task.writer
+        places = [(int(period), bucket) for period in row["periods"]]
+        todo = [place for place in places if writer.completed(*place) is None]
+        if todo:
+            self._count_attempt(*todo[0])
+        same = [place for place in todo if self._is_same(self._files[place])]
+        if same and self._previous:
+            writer.take_over(self._previous, same)
+        for place in todo:
+            if place not in same:
+                self._write(self._files[place])
+        return {"bucket": bucket, "num_shards": len(places)}
+
+    def _is_same(self, file: ExampleFile) -> bool:
+        """Return whether the shard can be taken over from the version before."""
+        span, redo = file.period_range, self._task.redo
         if redo and redo.start_ts < span.stop_ts and span.start_ts < redo.stop_ts:
-            return None
-        previous = self._previous
-        before = previous.shards.get((file.period, file.bucket)) if previous else None
+            return False
+        before = self._previous.shards.get((file.period, file.bucket)) if self._previous else None
         # if it differs, the batches are made twice, which is far cheaper than the FM
-        if previous and before and before.input_sha256 == self._input_sha256(file):
-            return task.writer.take_over(previous, file.period, file.bucket)
+        if before and before.input_sha256 == self._input_sha256(file):
+            return True
         if redo:
             raise StoreError(
                 f"period {file.period} of bucket {file.bucket} (from {format_ts(span.start_ts)}) lies outside the range"
                 f" {format_ts(redo.start_ts)} to {format_ts(redo.stop_ts)} and {'changed' if before else 'is new'}: it can not be taken over;"
                 " widen the range or leave it out"
             )
-        return None
+        return False
 
     def _input_sha256(self, file: ExampleFile) -> str:
         """Return what tells whether the shard would be the same.
@@ -208,7 +216,7 @@ class ShardEmbedder:
                 f" {bucket}, perhaps for lack of memory; look at the log of the worker in Ray's session folder, then run it again"
             )
 
-    def _write(self, file: ExampleFile) -> Any:
+    def _write(self, file: ExampleFile) -> None:
         rows = read_rows([file], self._task.time_range)
         latents, probs = [], []
         digest = _rows_sha256(rows)
@@ -219,7 +227,7 @@ class ShardEmbedder:
             probs.append(embedded.fm_prob)
         columns = {name: rows[name] for name in _SHARD_COLUMNS}
         columns["fm_prob"] = np.concatenate(probs)
-        return self._task.writer.write(
+        self._task.writer.write(
             file.period, file.bucket, columns, np.concatenate(latents), digest.hexdigest()
         )
 
@@ -285,6 +293,8 @@ def materialize(
         inputs={"prepared": data.manifest.version, "snapshot": snapshot.version},
         scratch=scope.scratch,
         attempt=scope.attempt,
+        period_us=data.manifest.meta["period_us"],
+        period_origin_ts=data.manifest.meta["period_origin_ts"],
     )
     task = MaterializeTask(
         prepared.absolute(),
@@ -300,7 +310,7 @@ def materialize(
         return finished
     shutil.rmtree(task.attempts, ignore_errors=True)
     todo = [place for place in shards if writer.completed(*place) is None]
-    _run(task, todo, num_workers, progress)
+    _run(task, group_shards(todo, writer.previous()), num_workers, progress)
     return writer.finish(
         shards,
         watermark_ts=data.log_range[1],
@@ -326,18 +336,23 @@ def _check_redo(redo: TimeRange, files: Sequence[ExampleFile]) -> None:
     )
 
 
-def _run(
-    task: MaterializeTask, todo: Sequence[tuple[int, int]], num_workers: int, progress: Progress
-) -> None:
-    if not todo:
-        return
-    num_workers = min(num_workers, len(todo))
+def group_shards(todo: Sequence[Place], previous: Previous | None) -> list[dict[str, Any]]:
+    """Return what `ShardEmbedder` is called with: shards of one file of `previous` together, by bucket and period."""
+    groups: dict[tuple[int, str], list[int]] = {}
     # buckets together, so that a worker maps each bucket's events once
-    items = [
-        {"period": period, "bucket": bucket}
-        for period, bucket in sorted(todo, key=lambda p: (p[1], p[0]))
-    ]
-    shards = ray.data.from_items(items, override_num_blocks=min(len(items), 8 * num_workers))
+    for period, bucket in sorted(todo, key=lambda place: (place[1], place[0])):
+        path = previous.file_of(period, bucket) if previous else shard_path(period, bucket)
+        groups.setdefault((bucket, path), []).append(period)
+    return [{"bucket": bucket, "periods": periods} for (bucket, _), periods in groups.items()]
+
+
+def _run(
+    task: MaterializeTask, items: Sequence[dict[str, Any]], num_workers: int, progress: Progress
+) -> None:
+    if not items:
+        return
+    num_workers = min(num_workers, len(items))
+    shards = ray.data.from_items(list(items), override_num_blocks=min(len(items), 8 * num_workers))
     written = shards.map(
         ShardEmbedder,
         fn_constructor_args=(task,),
@@ -346,6 +361,6 @@ def _run(
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):
-            progress("materialize", done, len(todo))
+            progress("materialize", done, len(items))
     except Exception as error:  # the edge to Ray: every failure becomes one of ours
         raise unwrap(error, "materialize") from error

@@ -22,7 +22,9 @@ from loopfm_ray.jobs.scoring import run_parity
 from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
+from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.sizes import measure_sizes, online_event_bytes
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.store.target import is_redis
@@ -190,6 +192,10 @@ def _summary(
             "latents_bytes": latents.num_bytes,
             "bytes_per_event": latents.num_bytes / max(latents.num_rows, 1),
             "online_bytes": _online_bytes(config.online_target, Space.of_meta(latents.meta).id),
+            "encoded_bytes_per_event": measure_sizes(paths.latents(seed)).encoded_bytes_per_event,
+            "online_bytes_per_event": online_event_bytes(
+                CodeSpec.from_tree(latents.meta["code_spec"])
+            ),
             "joined_bytes": joined.num_bytes,
         },
         "seconds": {name: record["seconds"] for name, record in records.items()},

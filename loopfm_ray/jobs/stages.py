@@ -157,7 +157,7 @@ def run_join(context: Context) -> dict[str, Any]:
     for seed in config.seeds:
         latents = _needed(config.paths.latents(seed), "materialize")
         prepared = read_manifest(config.paths.prepared)
-        inputs = {"prepared": prepared.version, "latents": latents.version}
+        inputs = {"prepared": prepared.version, "latents": latents.content}
         hashed = config_hash(
             settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
         )

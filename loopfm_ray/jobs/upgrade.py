@@ -78,7 +78,7 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
     result = {
         "space": space.id,
         "snapshot_id": space.snapshot_id,
-        "version": latents.version,
+        "version": latents.content,
         "rows": latents.num_rows,
         "beside": old_pin.space.id,
         "online": config.online_target,

@@ -9,7 +9,8 @@ version before; a rerun completes the new one. The newest versions stay, for rea
 
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -130,7 +131,7 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
         StoreError: a key is empty or too long, or the disk is full.
     """
     count = 0
-    with disk_errors(folder):
+    with _lmdb_errors(folder), disk_errors(folder):
         env = lmdb.open(
             str(folder / FILE),
             subdir=False,
@@ -151,12 +152,6 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
                     transaction.put(name, record)
                     count += 1
             env.sync(True)
-        except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
-            free = shutil.disk_usage(folder).free
-            raise StoreError(
-                f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
-                " free some space or choose another path, then publish again"
-            ) from error
         finally:
             env.close()
     return count
@@ -292,3 +287,16 @@ def _remove_old(folder: Path, name: str) -> None:
                 doomed = path.parent / f".{path.name.lstrip('.')}.gone"
                 path.rename(doomed)
                 shutil.rmtree(doomed)
+
+
+@contextmanager
+def _lmdb_errors(folder: Path) -> Iterator[None]:
+    """Turn what LMDB raises inside the block, a full disk among it, into a StoreError."""
+    try:
+        yield
+    except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
+            " free some space or choose another path, then publish again"
+        ) from error

@@ -49,6 +49,7 @@ __all__ = [
     "disk_errors",
     "draft",
     "file_location",
+    "finish",
     "install",
     "read_manifest",
     "recover",
@@ -123,12 +124,35 @@ def commit(
         num_rows=num_rows,
         seconds=seconds,
     )
+    return finish(staged, staged.parent / final_name, manifest, replace_other=replace_other)
+
+
+def finish(
+    staged: Path,
+    final_dir: Path,
+    manifest: Manifest,
+    *,
+    replace_other: bool = False,
+    keep_equal: bool = True,
+) -> Manifest:
+    """Write a drafted manifest into `staged` and make the directory the version, as `commit` does.
+
+    Args:
+        staged: the directory with all files; one with a claim is uploaded to where that says.
+        final_dir: the final name on a local disk.
+        manifest: from `draft`.
+        replace_other: whether another version under the final name gives way.
+        keep_equal: whether an equal one on a local disk stays; see `install`.
+
+    Raises:
+        StoreError: as `commit`, or the disk is full.
+    """
     with disk_errors(staged):
         manifest = write_manifest(staged, manifest)
         claim = claim_of(staged)
         if claim is not None:
             return commit_folder(claim, staged, manifest, replace_other=replace_other)
-        return install(staged, staged.parent / final_name, replace_other=replace_other)
+        return install(staged, final_dir, replace_other=replace_other, keep_equal=keep_equal)
 
 
 def draft(
@@ -196,7 +220,8 @@ def install(
     """Rename a directory with a manifest to its final name and return the manifest that lies there.
 
     An equal version that is already there stays and `staged` is dropped, unless `keep_equal` is False: then it gives way
-    like another, in case its files are damaged. Another version gives way when `replace_other`: it is renamed away, the new one in; a kill between the two is undone by `recover`.
+    like another, in case its files are damaged. Another version gives way when `replace_other`: it is renamed away, the
+    new one in; a kill between the two is undone by `recover`.
 
     Raises:
         StoreError: the final name holds another version, or something that is no version.
@@ -220,7 +245,11 @@ def install(
             )
         old = final_dir.parent / f".{final_dir.name}.old-{secrets.token_hex(4)}"
         final_dir.rename(old)
-        staged.rename(final_dir)
+        try:
+            staged.rename(final_dir)
+        except OSError:
+            old.rename(final_dir)
+            raise
         sync(final_dir.parent)
         shutil.rmtree(old)
     else:

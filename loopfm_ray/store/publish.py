@@ -14,7 +14,7 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.online import MemoryStore, UserHistory, pack_history
-from loopfm_ray.store.space import Space, latents_id
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import code_bytes
 from loopfm_ray.store.target import open_target
 
@@ -107,7 +107,7 @@ def _meta(reader: LatentsReader, max_events_per_user: int | None) -> dict[str, A
     return {
         **reader.manifest.meta,
         **Space.of_meta(reader.manifest.meta).to_meta(),
-        "latents_version": latents_id(reader.manifest),
+        "latents_version": reader.manifest.content,
         "max_events_per_user": max_events_per_user,
     }
 

@@ -12,9 +12,8 @@ from typing import Any
 from loopfm_ray.config import config_hash
 from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.store.codes import CodeSpec
-from loopfm_ray.store.format import Manifest
 
-__all__ = ["Space", "check_space_id", "latents_id"]
+__all__ = ["Space", "check_space_id"]
 
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -85,11 +84,6 @@ class Space:
             "delay_us": self.delay_us,
             "waits_for_label": self.waits_for_label,
         }
-
-
-def latents_id(manifest: Manifest) -> str:
-    """Return the id by which a latents version is published, joined and pinned: the one place that chooses it."""
-    return manifest.version
 
 
 def check_space_id(space: str) -> None:

@@ -171,7 +171,7 @@ def replay(kind, root, log, steps, tally):
             follower = follower or SpaceFollower(target, space, timeout_s=30.0)
             stores = [follower.poll(), open_current(target, space, timeout_s=30.0)]
         for store in stores:
-            assert store.version == manifest.version
+            assert store.version == manifest.content
             for request in requests:
                 check(store, columns, codes, request, tally)
             store.close()

@@ -57,7 +57,7 @@ def space_of(world, name="one"):
 
 
 def version_of(world, name):
-    return read_manifest(world / name).version
+    return read_manifest(world / name).content
 
 
 def open_memory(world, tmp_path, request, max_events):
@@ -157,7 +157,7 @@ def test_answers_follow_the_order_of_the_keys_and_repeat_with_them(store):
 
 def test_store_tells_what_it_holds(store, world):
     manifest = read_manifest(world / "one")
-    assert store.version == manifest.version
+    assert store.version == manifest.content
     assert store.meta["snapshot_id"] == "snap"
     assert store.meta["space"] == space_of(world) == manifest.meta["space"]
     assert CodeSpec.from_tree(store.meta["code_spec"]) == worlds.SPEC

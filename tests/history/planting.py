@@ -5,6 +5,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,8 @@ from loopfm_ray.errors import LeakError
 from loopfm_ray.history.audit import audit
 from loopfm_ray.history.join import HISTORY_COLUMNS, JoinSettings, write_joined
 from loopfm_ray.store.manifest import commit, read_manifest, stage, write_manifest
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.rows import Rule, read_rows, write_rows
 from loopfm_ray.store.tables import map_ipc, write_ipc, write_parquet
 from loopfm_ray.types import TimeRange
 from tests.oracles import paths
@@ -59,10 +62,10 @@ def read(path):
 
 
 def rewrite(folder, **changes):
-    """Write the manifest of a version anew from its files, with changed fields; return the version it now is."""
+    """Write the manifest of a version anew from its files, with changed fields; return its content id."""
     manifest = replace(read_manifest(folder), **changes)
     (folder / "manifest.json").unlink()
-    return write_manifest(folder, manifest).version
+    return write_manifest(folder, manifest).content
 
 
 class Case:
@@ -83,7 +86,8 @@ class Case:
             read(self.request_path),
             map_ipc(self.history_path).to_pylist(),
         )
-        self.stored = [row for path in self.shards() for row in read(path)]
+        spec = LatentsReader(self.latents).spec
+        self.stored = [row for path in self.shards() for row in read_rows(path, spec).to_pylist()]
         self.stored.sort(key=lambda row: (row["event_ts"], row["example_id"]))
 
     def shards(self):
@@ -134,14 +138,23 @@ class Case:
         """Apply `change` to every row of the files of a version; the joined version names the result as its input."""
         folder = self.root / version
         for path in sorted(folder.glob(pattern)):
-            is_ipc = path.suffix == ".arrow"
-            table = map_ipc(path) if is_ipc else pq.read_table(path, partitioning=None)
+            table, write = self._open(path, version)
             rows = table.to_pylist()
             for row in rows:
                 change(row)
-            changed = pa.Table.from_pylist(rows, table.schema)
-            write_ipc(changed, path) if is_ipc else write_parquet(changed, path)
+            write(pa.Table.from_pylist(rows, table.schema), path)
         self.rename(version, rewrite(folder, **manifest))
+
+    def _open(self, path, version):
+        """Return the rows of a file and what writes such files."""
+        if path.suffix == ".arrow":
+            return map_ipc(path), write_ipc
+        if version == "latents":
+            reader = LatentsReader(self.latents)
+            meta = reader.manifest.meta
+            rule = Rule(meta["delay_us"], meta["waits_for_label"])
+            return read_rows(path, reader.spec), partial(write_rows, rule=rule)
+        return pq.read_table(path, partitioning=None), write_parquet
 
     def rename(self, name, version):
         inputs = {**read_manifest(self.joined).inputs, name: version}

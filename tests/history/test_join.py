@@ -83,7 +83,7 @@ def test_manifest_names_inputs_and_what_a_history_is(world):
     manifest = read_manifest(root / "joined")
     want = expected_histories(examples, worlds.SETTINGS)
     lengths = [len(ids) for ids in want.values()]
-    assert manifest.inputs["latents"] == read_manifest(root / "latents").version
+    assert manifest.inputs["latents"] == read_manifest(root / "latents").content
     assert manifest.inputs["prepared"] == read_manifest(root / "prepared").version
     assert manifest.num_rows == len(want)
     assert manifest.meta["max_len"] == 7

@@ -187,8 +187,8 @@ def test_training_extends_the_window_and_takes_its_shards_over(runs):
     assert whole.record["num_reused"] == len(window.files) - 1
     assert whole.record["num_redone"] > 0
     # asked again, the upgrade does not throw away what training has added
-    assert upgrade(short, old.paths.root)["version"] == whole.version
-    assert upgrade(short, old.paths.root)["version"] == whole.version
+    assert upgrade(short, old.paths.root)["version"] == whole.content
+    assert upgrade(short, old.paths.root)["version"] == whole.content
 
 
 def test_bundles_read_their_own_space_and_never_the_other(runs, tmp_path):

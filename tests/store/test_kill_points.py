@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,11 +30,38 @@ def program(root):
         for number, place in enumerate(worlds.SHARDS):
             if writer.completed(*place) is None:
                 if number % 3:
-                    writer.take_over(previous, *place)
+                    writer.take_over(previous, [place])
                 else:
                     worlds.write_shard(writer, examples, *place)
         writer.finish(worlds.SHARDS, watermark_ts=4000, replace_other=True)
 
+main(setup, program)
+"""
+
+COMPACT = """
+from loopfm_ray.store.compact import compact
+
+def setup(root):
+    worlds.update_latents(root / "latents", many)
+
+def program(root):
+    compact(root / "latents", target_rows=60)
+
+many = worlds.make_examples(num_rows=200, num_periods=8)
+main(setup, program)
+"""
+
+EXPIRE = """
+from loopfm_ray.store.compact import compact, expire
+
+def setup(root):
+    worlds.update_latents(root / "latents", many)
+    compact(root / "latents", target_rows=60)
+
+def program(root):
+    expire(root / "latents", 3 * worlds.PERIOD_US)
+
+many = worlds.make_examples(num_rows=200, num_periods=8)
 main(setup, program)
 """
 
@@ -44,6 +72,8 @@ PROGRAMS = {
     "incremental": (INCREMENTAL, "latents"),
     "publish": (PUBLISH, None),
     "retire": (RETIRE, None),
+    "compact": (COMPACT, "latents"),
+    "expire": (EXPIRE, "latents"),
 }
 
 
@@ -104,8 +134,12 @@ def test_killed_anywhere_readers_see_whole_versions_and_a_rerun_ends_the_same(
 
 
 @pytest.mark.slow
-def test_at_least_two_hundred_points_were_tried(counts):
+def test_at_least_two_hundred_points_were_tried(counts, request):
     if set(counts) != set(PROGRAMS):
         pytest.skip("runs with the rest of this file")
+    report = request.config.getoption("--kill-report")
+    if report:
+        found = {"points": counts, "total": sum(counts.values()), "seed": SEED}
+        Path(report).write_text(json.dumps(found, indent=1) + "\n")
     print(f"kill points: {counts}, {sum(counts.values())} in all, every rerun equal")  # noqa: T201
     assert sum(counts.values()) >= 200
