@@ -1,6 +1,6 @@
 """Read a latents version, local or on S3."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.format import file_location, read_manifest
 from loopfm_ray.store.shards import SHARDS, SORT_KEYS, latents_schema, parse_shard, shard_path
-from loopfm_ray.store.tables import read_parquet
+from loopfm_ray.store.tables import iter_parquet, read_parquet
 
 __all__ = ["LatentsReader"]
 
@@ -49,6 +49,31 @@ class LatentsReader:
     def periods(self) -> list[int]:
         """The periods that have shards."""
         return sorted({period for period, _ in self._shards})
+
+    def num_rows(self, bucket: int) -> int:
+        """Return how many rows one bucket has, from the manifest alone."""
+        return sum(
+            entry.num_rows
+            for entry in self.manifest.files
+            if entry.path != SHARDS and parse_shard(entry.path)[1] == bucket
+        )
+
+    def iter_bucket(self, bucket: int, columns: Sequence[str], batch_rows: int) -> Iterator[Table]:
+        """Yield the rows of one bucket shard by shard, in tables of at most `batch_rows`.
+
+        Rows come in the order of periods and, within one, of the file; columns in the order of the schema.
+        """
+        wanted = [name for name in latents_schema(self.spec).names if name in columns]
+        sizes = {entry.path: entry.num_rows for entry in self.manifest.files}
+        for period, owner in self._shards:
+            if owner != bucket:
+                continue
+            path = shard_path(period, bucket)
+            place = file_location(self.location, self.manifest, path)
+            if sizes[path] <= batch_rows:
+                yield read_parquet(place, wanted)
+            else:
+                yield from iter_parquet(place, wanted, batch_rows)
 
     def read_bucket(
         self,
