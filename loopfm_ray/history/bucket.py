@@ -203,7 +203,7 @@ class _BucketJoin:
                 ready_ts = visible_from(*_numpy(events, "event_ts", "available_ts"))
                 is_in_order &= bool(np.all(np.diff(ready_ts, prepend=newest_ts) >= 0))
                 newest_ts = max(newest_ts, int(ready_ts.max(initial=newest_ts)))
-                order = np.argsort(*_numpy(block.requests, "event_ts"), kind="stable")
+                order = np.argsort(block.requests.column("event_ts").to_numpy(), kind="stable")
                 in_order = block.requests.take(pa.array(order))
                 asked.deal(in_order, np.zeros(len(order), dtype=np.int64))
             user = LongUser(self._history, start, self._history.num_rows, is_in_order)

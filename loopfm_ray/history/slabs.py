@@ -239,10 +239,7 @@ def _slabs(user: LongUser, folder: Path, block_rows: int) -> Iterator[Table]:
             table = table.append_column("ready_ts", pa.array(_ready(table)))
             yield table.select(list(columns))
 
-    def none(columns: Sequence[str]) -> Iterator[Table]:
-        return iter(())
-
-    for block in cut_into_blocks(rows, none, user.stop - user.start, cutting):
+    for block in cut_into_blocks(rows, lambda _: iter(()), user.stop - user.start, cutting):
         yield block.rows.drop_columns(["ready_ts"])
 
 

@@ -78,7 +78,7 @@ class Spill:
 
     def _flush(self) -> None:
         if self._writer is None:
-            self._file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
+            self._file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115  the stack closes it
             self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
         for place, tables in sorted(self._held.items()):
             for batch in pa.concat_tables(tables).combine_chunks().to_batches():

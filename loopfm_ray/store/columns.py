@@ -38,8 +38,9 @@ class ColumnFiles:
         self._schema = schema
         self._num_rows = 0
         self._stack = ExitStack()
-        self._files = [
-            self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in schema
+        self._files: list[IO[bytes]] = [
+            self._stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115  the stack closes it
+            for _ in schema
         ]
 
     @property
@@ -89,7 +90,8 @@ class ColumnFiles:
         if not self._num_rows:
             write_ipc(self._schema.empty_table(), path)
             return
-        arrays, files = [], {}
+        arrays: list[Any] = []  # Any: pyarrow ships no types
+        files: dict[int, IO[bytes]] = {}
         for field, file in zip(self._schema, self._files, strict=True):
             file.flush()
             mapped = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

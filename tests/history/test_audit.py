@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from loopfm_ray.errors import LeakError, StoreError
-from loopfm_ray.history import join
+from loopfm_ray.history import bucket
 from loopfm_ray.history.audit import audit
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.store import manifest as manifests
@@ -57,7 +57,7 @@ class Tampered:
     def set_window(self, row, events):
         """Give one request another history, in rows of its own."""
         row["latent_start"], row["latent_len"] = len(self.history), len(events)
-        names = join.HISTORY_COLUMNS
+        names = bucket.HISTORY_COLUMNS
         self.history.extend({name: event[name] for name in names} for event in events)
 
     def audit(self):
