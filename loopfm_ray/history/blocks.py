@@ -92,6 +92,8 @@ def cut_into_blocks(
         closing(_deal(requests, cutting.requests, key, edges, cutting)) as asked,
     ):
         for place in range(len(edges)):
+            if not dealt.num_rows(place) and not asked.num_rows(place):
+                continue
             yield from cut_into_blocks(
                 _source(dealt, place),
                 _source(asked, place),

@@ -156,7 +156,7 @@ class _BucketJoin:
         self._num_missing = 0
         self._first_missing = (_NONE, 0)
         self._num_written = 0
-        self._stats = JoinStats()
+        self._stats = JoinStats(staleness=StalenessSketch.of(np.zeros(0, dtype=np.int64)))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the rows and requests of the bucket, by user."""

@@ -149,11 +149,11 @@ class _Known:
         asked_ts = requests.column("event_ts").to_numpy()
         state = np.searchsorted(self._ready_ts, asked_ts, side="right")
         is_new = np.append(True, np.diff(state) != 0)
-        none = np.zeros(len(self._row), dtype=np.int64)
+        asked = (np.zeros(np.count_nonzero(is_new), dtype=np.int64), asked_ts[is_new])
         # one window serves all requests that meet the same state
         window = newest_visible(
-            (none[: np.count_nonzero(is_new)], asked_ts[is_new]),
-            (none, self._event_ts, self._available_ts),
+            asked,
+            (np.zeros_like(self._row), self._event_ts, self._available_ts),
             max_len,
             row=self._row,
         )

@@ -1,5 +1,6 @@
 """The join gives the same bytes whatever the size of a block, and they are right."""
 
+import errno
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,19 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopfm_ray.history import blocks, slabs
+from loopfm_ray.errors import StoreError
+from loopfm_ray.history import blocks, slabs, spill
 from loopfm_ray.history.bucket import JoinSettings, JoinTask, join_bucket
 from loopfm_ray.store import columns, tables
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.offline import latents_schema
 from loopfm_ray.store.shards import shard_path
-from loopfm_ray.store.tables import code_bytes, code_column, map_ipc, write_parquet
+from loopfm_ray.store.tables import code_column, map_ipc, write_parquet
 from loopfm_ray.types import TimeRange
 from tests.oracles import worlds
 from tests.oracles.asof import newest_visible_slow
 
 PERIOD_US = 10
-BLOCK_ROWS = (1, 2, 3, 5, 8, 13, 100)
+BLOCK_ROWS = st.sampled_from([1, 2, 3, 5, 8, 13, 40])
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def expected(log):
 def small_parts():
     """Make every internal part small, so that small logs cross its borders."""
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(tables, "sync", lambda path: None)
         monkeypatch.setattr(blocks, "_MAX_BINS", 4)
         monkeypatch.setattr(slabs, "_MOST_COPIES", 8)
         monkeypatch.setattr(slabs, "_PIECE_ROWS", 3)
@@ -151,36 +154,91 @@ def small_parts():
         yield
 
 
-@given(log=logs())
+@given(log=logs(), block_rows=BLOCK_ROWS)
 @settings(max_examples=150, deadline=None)
 def test_blocks_of_any_size_give_the_same_bytes_and_the_slow_twins_answers(
-    log, tmp_path_factory, small_parts
+    log, block_rows, tmp_path_factory, small_parts
 ):
     folder = tmp_path_factory.mktemp("log")
     task = write_log(folder, log)
     whole = joined(task, folder / "whole", 1000)
-    for block_rows in BLOCK_ROWS:
-        found = joined(task, folder / f"{block_rows}", block_rows)
-        assert found[0] == whole[0], block_rows
-        assert found[1] == whole[1], block_rows
+    assert joined(task, folder / "blocks", block_rows) == whole
 
-    history = map_ipc(folder / "whole/history/bucket=000.arrow")
-    assert code_bytes(history.column("code")).shape[0] == history.num_rows
-    ids = history.column("example_id").to_pylist()
-    want = expected(log)
+    ids = map_ipc(folder / "whole/history/bucket=000.arrow").column("example_id").to_pylist()
     seen = {}
     for path in sorted((folder / "whole").glob("requests/*/*.parquet")):
         for row in pq.read_table(path, partitioning=None).to_pylist():
             start = row["latent_start"]
             seen[row["example_id"]] = ids[start : start + row["latent_len"]]
-    assert seen == want
+    assert seen == expected(log)
 
 
-@given(log=logs(max_rows=120))
+@given(log=logs(max_rows=150), block_rows=st.sampled_from([7, 16, 32]))
 @settings(max_examples=40, deadline=None)
-def test_longer_logs_too(log, tmp_path_factory, small_parts):
+def test_longer_logs_give_the_same_bytes(log, block_rows, tmp_path_factory, small_parts):
     folder = tmp_path_factory.mktemp("log")
     task = write_log(folder, log)
     whole = joined(task, folder / "whole", 1000)
-    for block_rows in (7, 32):
-        assert joined(task, folder / f"{block_rows}", block_rows) == whole
+    assert joined(task, folder / "blocks", block_rows) == whole
+
+
+def random_log(num_rows, users, late_us, seed=0):
+    """Return a log of four periods with a request for each row of the last two."""
+    rng = np.random.default_rng(seed)
+    event_ts = rng.integers(0, 4 * PERIOD_US, num_rows)
+    late = rng.integers(1, late_us + 1, num_rows)
+    return Log(
+        user=rng.choice(users, num_rows).tolist(),
+        event_ts=event_ts.tolist(),
+        available_ts=(event_ts + late).tolist(),
+        is_event=(rng.random(num_rows) < 0.8).tolist(),
+        start_ts=2 * PERIOD_US,
+        stop_ts=4 * PERIOD_US,
+        settings=JoinSettings(5, 18),
+    )
+
+
+@pytest.mark.parametrize("late_us", [1, 25])
+@pytest.mark.parametrize("users", [[5], [5] * 9 + [1, 2, 9], list(range(200))])
+def test_one_user_most_rows_of_one_user_and_many_users(users, late_us, tmp_path, small_parts):
+    task = write_log(tmp_path, random_log(2000, users, late_us))
+    whole = joined(task, tmp_path / "whole", 10_000)
+    assert whole[0].num_requests > 900
+    assert (whole[0].num_extra_rows > 0) == (late_us > 1)
+    for block_rows in (60, 500):
+        assert joined(task, tmp_path / f"{block_rows}", block_rows) == whole
+
+
+def test_nothing_is_left_beside_the_files(tmp_path, small_parts):
+    task = write_log(tmp_path, random_log(300, [1, 1, 1, 2], 25))
+    joined(task, tmp_path / "out", 20)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"history", "requests"}
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    task = write_log(tmp_path, random_log(300, [1, 2], 25))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spill.tempfile, "TemporaryFile", full)
+    with pytest.raises(StoreError, match="no space left"):
+        joined(task, tmp_path / "out", 20)
+
+
+def test_rows_of_equal_keys_make_a_block_larger_than_asked_for(tmp_path):
+    schema = pa.schema([("a", pa.int64()), ("b", pa.int64())])
+    table = pa.table({"a": [1, 1, 2, 2, 2, 2], "b": [3, 3, 1, 1, 1, 2]}, schema=schema)
+    cutting = blocks.Cutting(("a", "b"), schema, schema, tmp_path, 2)
+
+    def source(columns):
+        return iter([table.select(columns)])
+
+    cut = list(blocks.cut_into_blocks(source, source, 6, cutting))
+    assert [block.rows.to_pydict() for block in cut] == [
+        {"a": [1, 1], "b": [3, 3]},
+        {"a": [2, 2, 2], "b": [1, 1, 1]},
+        {"a": [2], "b": [2]},
+    ]
+    assert [block.user for block in cut] == [None, 2, 2]
+    assert all(block.requests == block.rows for block in cut)
