@@ -16,6 +16,7 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.history.bucket import BLOCK_ROWS
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
@@ -112,6 +113,8 @@ class HistoryStageConfig(Config):
     """Older events are left out; none keeps all."""
     delay_s: NonNegativeFloat = 0.0
     """Seconds from an event to when its latent can be read."""
+    block_rows: PositiveInt = BLOCK_ROWS
+    """Rows that a task of the join holds at once, which bounds its memory; no byte of the answer depends on it."""
 
     @property
     def retention_us(self) -> int | None:

@@ -37,12 +37,21 @@ def program(root):
 main(setup, program)
 """
 
+JOIN_BLOCKS = (
+    """
+from dataclasses import replace
+worlds.SETTINGS = replace(worlds.SETTINGS, block_rows=10)
+"""
+    + JOIN
+)
+
 PROGRAMS = {
     "materialize": (MATERIALIZE, "latents"),
     "replace": (REPLACE, "latents"),
     "join": (JOIN, "joined"),
     "incremental": (INCREMENTAL, "latents"),
     "publish": (PUBLISH, None),
+    "join-blocks": (JOIN_BLOCKS, "joined"),
 }
 
 
