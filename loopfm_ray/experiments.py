@@ -16,6 +16,7 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.history.bucket import BLOCK_ROWS
 from loopfm_ray.history.freshness import FreshnessConfig
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
@@ -119,6 +120,8 @@ class HistoryStageConfig(Config):
     none keeps all. Requests whose teacher prediction was not kept can not be joined."""
     compact_rows: PositiveInt = TARGET_ROWS
     """Rows of a file of latents that `loopfm compact` makes, about."""
+    block_rows: PositiveInt = BLOCK_ROWS
+    """Rows that a task of the join holds at once, which bounds its memory; no byte of the answer depends on it."""
 
     @model_validator(mode="after")
     def _keeps_what_histories_reach(self) -> Self:

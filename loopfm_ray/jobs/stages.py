@@ -153,7 +153,9 @@ def run_join(context: Context) -> dict[str, Any]:
     config, result = context.config, {}
     splits = splits_of(config)
     window = TimeRange(splits.vm.start_ts, splits.test.stop_ts)
-    settings = JoinSettings(config.history.max_len, config.history.retention_us)
+    settings = JoinSettings(
+        config.history.max_len, config.history.retention_us, config.history.block_rows
+    )
     for seed in config.seeds:
         latents = _needed(config.paths.latents(seed), "materialize")
         prepared = read_manifest(config.paths.prepared)

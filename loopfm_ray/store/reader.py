@@ -1,6 +1,6 @@
 """Read a latents version, local or on S3."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ from loopfm_ray.history.order import time_order
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.format import file_location, read_manifest
-from loopfm_ray.store.rows import latents_schema, read_rows
+from loopfm_ray.store.rows import iterate_rows, latents_schema, read_rows
 from loopfm_ray.store.shards import (
     SHARDS,
     SORT_KEYS,
@@ -61,6 +61,29 @@ class LatentsReader:
         if all(file.first == file.last for file in self.files):
             return sorted({file.first for file in self.files})
         return sorted({period for period, _ in self.shards})
+
+    def num_rows(self, bucket: int) -> int:
+        """Return how many rows one bucket has, from the manifest alone."""
+        return sum(
+            entry.num_rows
+            for entry in self.manifest.files
+            if entry.path != SHARDS and ShardFile.parse(entry.path).bucket == bucket
+        )
+
+    def iter_bucket(self, bucket: int, columns: Sequence[str], batch_rows: int) -> Iterator[Table]:
+        """Yield the rows of one bucket file by file, in tables of at most `batch_rows`.
+
+        Files come in the order of their periods, rows in the order of the file, columns in that of the schema.
+        """
+        sizes = {entry.path: entry.num_rows for entry in self.manifest.files}
+        for file in self.files:
+            if file.bucket != bucket:
+                continue
+            place = file_location(self.location, self.manifest, file.path)
+            if sizes[file.path] <= batch_rows:
+                yield read_rows(place, self.spec, columns)
+            else:
+                yield from iterate_rows(place, self.spec, columns, batch_rows)
 
     def read_bucket(
         self,

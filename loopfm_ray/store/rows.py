@@ -9,7 +9,7 @@ wrap around in 64 bits, so any two times come back exactly.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,18 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.history.times import available_from
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.tables import code_bytes, read_parquet, write_atomically
+from loopfm_ray.store.tables import (
+    code_bytes,
+    iter_parquet,
+    read_parquet,
+    read_parquet_metadata,
+    write_atomically,
+)
 
 __all__ = [
     "LATENTS_FORMAT",
     "Rule",
+    "iterate_rows",
     "latents_schema",
     "read_rows",
     "rows_columns",
@@ -132,15 +139,23 @@ def read_rows(location: Location, spec: CodeSpec, columns: Sequence[str] | None 
     Raises:
         StoreError: the file is missing, damaged, or of another format.
     """
-    schema = latents_schema(spec)
-    wanted = [name for name in schema.names if columns is None or name in columns]
-    stored = {part for name in wanted for part in _NEEDS.get(name, (name,))}
-    table = read_parquet(location, [name for name in _ENCODING if name in stored])
-    unit, rule = _header(table.schema.metadata, location)
-    ready = {name: table.column(name) for name in wanted if name not in _NEEDS}
-    ready |= _times(table, unit, rule, wanted)
-    arrays = [ready[name] for name in wanted]
-    return pa.Table.from_arrays(arrays, schema=pa.schema([schema.field(name) for name in wanted]))
+    wanted = _wanted(spec, columns)
+    table = read_parquet(location, _stored(wanted))
+    return _unpack(table, _header(table.schema.metadata, location), spec, wanted)
+
+
+def iterate_rows(
+    location: Location, spec: CodeSpec, columns: Sequence[str] | None, batch_rows: int
+) -> Iterator[Table]:
+    """Yield what `read_rows` returns in tables of at most `batch_rows`; memory holds one row group at most.
+
+    Raises:
+        StoreError: as `read_rows`.
+    """
+    wanted = _wanted(spec, columns)
+    head = _header(read_parquet_metadata(location), location)
+    for table in iter_parquet(location, _stored(wanted), batch_rows):
+        yield _unpack(table, head, spec, wanted)
 
 
 def rows_sha256(columns: Mapping[str, NDArray[Any]]) -> str:
@@ -176,6 +191,26 @@ def _pack(table: Table, rule: Rule) -> tuple[Table, str]:
         "waits_for_label": rule.waits_for_label,
     }
     return pa.Table.from_arrays(arrays, names=list(_ENCODING)), json.dumps(head, sort_keys=True)
+
+
+def _wanted(spec: CodeSpec, columns: Sequence[str] | None) -> list[str]:
+    """Return the columns to give, in the order of `latents_schema`."""
+    return [name for name in latents_schema(spec).names if columns is None or name in columns]
+
+
+def _stored(wanted: Sequence[str]) -> list[str]:
+    """Return the columns of a file that `wanted` are made from."""
+    stored = {part for name in wanted for part in _NEEDS.get(name, (name,))}
+    return [name for name in _ENCODING if name in stored]
+
+
+def _unpack(table: Table, head: tuple[int, Rule], spec: CodeSpec, wanted: Sequence[str]) -> Table:
+    """Return the rows of a table as it lies in a file."""
+    schema = latents_schema(spec)
+    ready = {name: table.column(name) for name in wanted if name not in _NEEDS}
+    ready |= _times(table, *head, wanted)
+    arrays = [ready[name] for name in wanted]
+    return pa.Table.from_arrays(arrays, schema=pa.schema([schema.field(name) for name in wanted]))
 
 
 def _header(metadata: Mapping[bytes, bytes] | None, location: Location) -> tuple[int, Rule]:

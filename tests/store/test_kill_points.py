@@ -64,6 +64,13 @@ def program(root):
 many = worlds.make_examples(num_rows=200, num_periods=8)
 main(setup, program)
 """
+JOIN_BLOCKS = (
+    """
+from dataclasses import replace
+worlds.SETTINGS = replace(worlds.SETTINGS, block_rows=10)
+"""
+    + JOIN
+)
 
 PROGRAMS = {
     "materialize": (MATERIALIZE, "latents"),
@@ -74,6 +81,7 @@ PROGRAMS = {
     "retire": (RETIRE, None),
     "compact": (COMPACT, "latents"),
     "expire": (EXPIRE, "latents"),
+    "join-blocks": (JOIN_BLOCKS, "joined"),
 }
 
 
