@@ -24,7 +24,7 @@ from loopfm_ray.jobs.mapping import Progress, silent, unwrap
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.offline import LatentsWriter, Previous
-from loopfm_ray.store.shards import Place, shard_path
+from loopfm_ray.store.shards import Place, kept_from, shard_path
 from loopfm_ray.train.embed import Embedder
 from loopfm_ray.train.snapshot import Snapshot, load_snapshot
 from loopfm_ray.types import TimeRange
@@ -310,18 +310,17 @@ def materialize(
         return finished
     shutil.rmtree(task.attempts, ignore_errors=True)
     todo = [place for place in shards if writer.completed(*place) is None]
+    watermark_ts, kept_from_ts = data.log_range[1], embedded.start_ts
+    if scope.keep_us is not None:
+        period = (data.manifest.meta["period_us"], data.manifest.meta["period_origin_ts"])
+        kept_from_ts = max(kept_from_ts, kept_from(watermark_ts, scope.keep_us, *period))
     _run(task, group_shards(todo, writer.previous()), num_workers, progress)
     return writer.finish(
         shards,
-        watermark_ts=data.log_range[1],
-        kept_from_ts=None if scope.keep_us is None else _kept_from(embedded, files),
+        watermark_ts=watermark_ts,
+        kept_from_ts=kept_from_ts,
         replace_other=True,
     )
-
-
-def _kept_from(embedded: TimeRange, files: Sequence[ExampleFile]) -> int:
-    """Return the time from which on everything that was embedded is kept."""
-    return max(embedded.start_ts, min(file.period_range.start_ts for file in files))
 
 
 def _check_redo(redo: TimeRange, files: Sequence[ExampleFile]) -> None:

@@ -140,6 +140,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
         )
         result[f"seed={seed}"] = {
             "version": manifest.version,
+            "content": manifest.content,
             "rows": manifest.num_rows,
             "reused": manifest.record["num_reused"],
             "redone": manifest.record["num_redone"],

@@ -26,6 +26,7 @@ from loopfm_ray.store.shards import (
     ShardFile,
     ShardStats,
     in_shards,
+    kept_from,
     latents_meta,
     write_shard_table,
 )
@@ -139,7 +140,7 @@ def _rewrite(location: Location, target_rows: int | None, retention_us: int | No
             return reader.manifest
         written = [item for group in groups for item in _write(reader, group, staged)]
         write_shard_table(written, staged / SHARDS)
-        manifest = _draft(reader, written)
+        manifest = _draft(reader, written, retention_us)
         manifest = finish(staged, Path(location), manifest, replace_other=True)
     _log.info("latents %s: %s", manifest.version, manifest.record)
     return manifest
@@ -157,12 +158,8 @@ def _unexpired(reader: LatentsReader, retention_us: int | None) -> list[ShardSta
         raise StoreError(
             f"{reader.location} does not say how long its periods are, so none can expire; run materialize again"
         )
-    oldest_ts = meta["watermark_ts"] - retention_us
-    return [
-        item
-        for item in reader.shards.values()
-        if origin_ts + (item.period + 1) * length > oldest_ts
-    ]
+    first_ts = kept_from(meta["watermark_ts"], retention_us, length, origin_ts)
+    return [item for item in reader.shards.values() if origin_ts + item.period * length >= first_ts]
 
 
 def _write(reader: LatentsReader, group: _Group, staged: Path) -> list[ShardStats]:
@@ -213,12 +210,15 @@ def _check_apart(location: Location, shards: Sequence[ShardStats]) -> None:
         before = item
 
 
-def _draft(reader: LatentsReader, shards: Sequence[ShardStats]) -> Manifest:
+def _draft(
+    reader: LatentsReader, shards: Sequence[ShardStats], retention_us: int | None
+) -> Manifest:
     """Return the manifest of the same version in other files, or with fewer shards."""
     before = reader.manifest
     made = {name: before.meta[name] for name in _MADE_META}
-    if len(shards) < len(reader.shards):
-        first_ts = made["period_origin_ts"] + made["period_us"] * min(s.period for s in shards)
+    if retention_us is not None:
+        period = (made["period_us"], made["period_origin_ts"])
+        first_ts = kept_from(made["watermark_ts"], retention_us, *period)
         made["kept_from_ts"] = max(made["kept_from_ts"], first_ts)
     manifest = draft(
         kind="latents",

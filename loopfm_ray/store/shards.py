@@ -35,6 +35,7 @@ __all__ = [
     "describe_rows",
     "in_shards",
     "is_listed",
+    "kept_from",
     "latents_meta",
     "merge_fingerprint",
     "parse_stats",
@@ -213,6 +214,11 @@ def latents_meta(made: Mapping[str, Any], stats: Sequence[ShardStats]) -> dict[s
         "fingerprint": merge_fingerprint(stats, CodeSpec.from_tree(made["code_spec"]).dim),
         "content": content_id(stats, made),
     }
+
+
+def kept_from(watermark_ts: int, retention_us: int, period_us: int, origin_ts: int) -> int:
+    """Return when the oldest period begins that is not wholly older than `retention_us` before the watermark."""
+    return origin_ts + (watermark_ts - retention_us - origin_ts) // period_us * period_us
 
 
 def is_listed(manifest: Manifest) -> bool:

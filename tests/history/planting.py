@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 
 from loopfm_ray.errors import LeakError
 from loopfm_ray.history.audit import audit
-from loopfm_ray.history.join import HISTORY_COLUMNS, JoinSettings, write_joined
+from loopfm_ray.history.bucket import HISTORY_COLUMNS
+from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.store.manifest import commit, read_manifest, stage, write_manifest
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.rows import Rule, read_rows, write_rows
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import map_ipc, write_ipc, write_parquet
 from loopfm_ray.types import TimeRange
 from tests.oracles import paths
@@ -473,7 +475,9 @@ def event_ts_earlier_in_the_latents(case):
             row["available_ts"] -= 1
 
     case.edit("latents", "*/bucket=*.parquet", move)
-    case.join_again()
+    for row in case.history:
+        move(row)
+    case.save()
 
 
 @plant("lacks visible")
@@ -496,6 +500,7 @@ def unclicked_rows_as_events_in_the_latents(case):
 @plant("waits_for_label False, the prepared data needs True")
 def latents_that_do_not_wait_for_labels(case):
     meta = {**read_manifest(case.latents).meta, "waits_for_label": False}
+    meta |= Space.of_meta({name: meta[name] for name in meta if name != "space"}).to_meta()
 
     def hurry(row):
         row["available_ts"] = row["event_ts"] + DELAY_US

@@ -142,7 +142,9 @@ def test_latents_may_lack_what_was_not_kept(case):
 
 @pytest.mark.parametrize("name", ["latents", "prepared"])
 def test_other_versions_than_those_joined_are_refused(case, name):
-    planting.rewrite(getattr(case, name), config_hash="1" * 16)
+    folder = getattr(case, name)
+    meta = {**read_manifest(folder).meta, "content": "1" * 16}
+    planting.rewrite(folder, meta=meta)
     with pytest.raises(StoreError, match=f"was made from {name}"):
         case.audit()
 

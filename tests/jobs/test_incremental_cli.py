@@ -37,8 +37,8 @@ def without_ray(monkeypatch):
 
     def run(task, todo, num_workers, progress):
         worker = job.ShardEmbedder(task)
-        for period, bucket in todo:
-            worker({"period": period, "bucket": bucket})
+        for row in todo:
+            worker(row)
 
     monkeypatch.setattr(job, "_run", run)
     monkeypatch.setattr(pipeline, "connect", lambda config: nullcontext())
@@ -232,6 +232,6 @@ def test_what_is_published_ages_with_the_clock(run):
     now = str(watermark_ts + 3_600_000_000)
     found = run.call("freshness", "--now", now, *limit)
     assert found["published"]["age_s"] == 3600.0
-    assert found["published"]["version"] == run.first["version"]
+    assert found["published"]["version"] == run.first["content"]
     late = run.call("freshness", "--now", str(int(now) + 1_000_000), *limit, code=1)
     assert "ago" in late["alarms"][0]

@@ -49,8 +49,8 @@ def serial(monkeypatch):
 
     def run(task, todo, num_workers, progress):
         worker = ShardEmbedder(task)
-        for period, bucket in todo:
-            worker({"period": period, "bucket": bucket})
+        for row in todo:
+            worker(row)
 
     monkeypatch.setattr(job, "_run", run)
 

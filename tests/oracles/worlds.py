@@ -10,6 +10,7 @@ from loopfm_ray.history.join import JoinSettings
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.offline import LatentsWriter
+from loopfm_ray.store.shards import kept_from
 from loopfm_ray.store.tables import write_parquet
 from loopfm_ray.types import TimeRange
 
@@ -104,7 +105,9 @@ def write_shard(writer, examples, period, bucket):
 def shard_sha256(examples, period, bucket):
     """Return what tells whether a shard would be the same: here its rows are all that it is made from."""
     rows = shard_rows(examples, period, bucket)
-    return hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
+    order = np.argsort(rows["example_id"])
+    parts = [rows[name][order].tobytes() for name in sorted(rows)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 SHARDS = tuple(
@@ -158,7 +161,12 @@ def update_latents(folder, examples, retention_us=None, inputs=None):
         for place in places:
             if place not in same:
                 write_shard(writer, examples, *place)
-    return writer.finish(shards, watermark_ts=watermark_ts, replace_other=True)
+    kept_from_ts = TRAINED_UNTIL_TS + 1
+    if retention_us is not None:
+        kept_from_ts = max(kept_from_ts, kept_from(watermark_ts, retention_us, PERIOD_US, 0))
+    return writer.finish(
+        shards, watermark_ts=watermark_ts, kept_from_ts=kept_from_ts, replace_other=True
+    )
 
 
 def tree_bytes(folder: Path):

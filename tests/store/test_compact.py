@@ -133,7 +133,7 @@ def test_what_was_made_from_a_version_holds_for_the_compacted_one(latents, examp
     where = (tmp_path / "prepared", latents)
     first = write_joined(*where, tmp_path / "joined", worlds.REQUESTS, worlds.SETTINGS)
     compact(latents)
-    assert audit(tmp_path / "joined", latents, sample=None).num_leaks == 0
+    assert audit(tmp_path / "joined", latents, where[0], sample=None).num_leaks == 0
     again = write_joined(*where, tmp_path / "again", worlds.REQUESTS, worlds.SETTINGS)
     assert again.version == first.version
     found, want = worlds.tree_bytes(tmp_path / "again"), worlds.tree_bytes(tmp_path / "joined")
