@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
 
-__all__ = ["rows_sha256"]
+__all__ = ["inputs_sha256"]
 
 
-def rows_sha256(
+def inputs_sha256(
     rows: Mapping[str, NDArray[Any]],
     columns: Sequence[str],
     collate: Collator,

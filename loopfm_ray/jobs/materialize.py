@@ -14,7 +14,7 @@ import numpy as np
 import ray.data
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
-from loopfm_ray.data.digest import rows_sha256
+from loopfm_ray.data.digest import inputs_sha256
 from loopfm_ray.data.examples import ExampleFile, Rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, JobError, StoreError
@@ -162,7 +162,7 @@ class ShardEmbedder:
 
     def _input_sha256(self, file: ExampleFile, rows: Rows) -> str:
         """Return what tells whether the shard would be the same."""
-        return rows_sha256(rows, _SHARD_COLUMNS, self._fields, self._open(file.bucket)[1])
+        return inputs_sha256(rows, _SHARD_COLUMNS, self._fields, self._open(file.bucket)[1])
 
     def _count_attempt(self, period: int, bucket: int) -> None:
         """Stop a shard that kills its worker again and again: Ray itself would start new ones for ever."""
@@ -260,23 +260,24 @@ def materialize(
     if finished is not None:
         return finished
     shutil.rmtree(task.attempts, ignore_errors=True)
-    todo = [place for place in shards if writer.completed(*place) is None]
-    _run(task, todo, num_workers, progress)
+    # buckets together, so that a worker maps each bucket's events once
+    items = [
+        {"period": period, "bucket": bucket}
+        for period, bucket in sorted(shards, key=lambda place: (place[1], place[0]))
+        if writer.completed(period, bucket) is None
+    ]
+    _run(task, items, num_workers, progress)
     return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)
 
 
 def _run(
-    task: MaterializeTask, todo: Sequence[tuple[int, int]], num_workers: int, progress: Progress
+    task: MaterializeTask, items: Sequence[dict[str, Any]], num_workers: int, progress: Progress
 ) -> None:
-    if not todo:
+    """Call `ShardEmbedder` with every item, in processes of the cluster."""
+    if not items:
         return
-    num_workers = min(num_workers, len(todo))
-    # buckets together, so that a worker maps each bucket's events once
-    items = [
-        {"period": period, "bucket": bucket}
-        for period, bucket in sorted(todo, key=lambda p: (p[1], p[0]))
-    ]
-    shards = ray.data.from_items(items, override_num_blocks=min(len(items), 8 * num_workers))
+    num_workers = min(num_workers, len(items))
+    shards = ray.data.from_items(list(items), override_num_blocks=min(len(items), 8 * num_workers))
     written = shards.map(
         ShardEmbedder,
         fn_constructor_args=(task,),
@@ -285,6 +286,6 @@ def _run(
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):
-            progress("materialize", done, len(todo))
+            progress("materialize", done, len(items))
     except Exception as error:  # the edge to Ray: every failure becomes one of ours
         raise unwrap(error, "materialize") from error

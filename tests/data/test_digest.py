@@ -9,7 +9,7 @@ import pytest
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.config import ColumnsConfig
-from loopfm_ray.data.digest import rows_sha256
+from loopfm_ray.data.digest import inputs_sha256
 from loopfm_ray.data.examples import read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
@@ -49,7 +49,7 @@ def digest(data: PreparedData, schema: FeatureSchema, rows: dict[str, Any], buck
     fields = [field.name for field in schema.of(Kind.CATEGORICAL, Side.ITEM)]
     source = RawHistorySource({bucket: data.events(bucket)}, data.items, fields, MAX_LEN)
     collate = Collator(schema, data.items, data.users)
-    return rows_sha256(rows, COLUMNS, collate, source.limited(schema))
+    return inputs_sha256(rows, COLUMNS, collate, source.limited(schema))
 
 
 def shards(data: PreparedData, schema: FeatureSchema) -> dict[tuple[int, int], tuple[str, Any]]:
@@ -134,7 +134,7 @@ def test_pointers_that_move_with_their_events_leave_the_digest_alone(base):
         shifted = {**rows, "raw_start": rows["raw_start"] + ahead.num_rows}
         collate = Collator(schema, data.items, data.users)
         expected = digest(data, schema, rows, file.bucket)
-        assert rows_sha256(shifted, COLUMNS, collate, source) == expected
+        assert inputs_sha256(shifted, COLUMNS, collate, source) == expected
 
 
 @pytest.mark.parametrize("column", ["raw_start", "raw_len", *COLUMNS[:-1]])

@@ -29,10 +29,10 @@ EVERYTHING = Scope()
 def serial(monkeypatch):
     """Run the shards in this process, without Ray."""
 
-    def run(task, todo, num_workers, progress):
+    def run(task, items, num_workers, progress):
         worker = ShardEmbedder(task)
-        for period, bucket in todo:
-            worker({"period": period, "bucket": bucket})
+        for item in items:
+            worker(item)
 
     monkeypatch.setattr(job, "_run", run)
 
