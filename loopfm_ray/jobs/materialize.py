@@ -277,7 +277,9 @@ def _run(
     if not items:
         return
     num_workers = min(num_workers, len(items))
-    shards = ray.data.from_items(list(items), override_num_blocks=min(len(items), 8 * num_workers))
+    # many small blocks, so that no worker waits long for the last of another
+    num_blocks = min(len(items), 32 * num_workers)
+    shards = ray.data.from_items(list(items), override_num_blocks=num_blocks)
     written = shards.map(
         ShardEmbedder,
         fn_constructor_args=(task,),
