@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test test-slow unit setup fmt lint type bench golden ci clean
+BENCHMARKS := history_join materialize random_reads
+
+.PHONY: demo test test-slow unit setup fmt lint type bench bench-feast golden ci clean
 
 demo: setup  ## the whole loop on real data, to a served score and a report
 	$(BIN)/loopfm demo $(ARGS)
@@ -41,7 +43,15 @@ type: setup
 	$(BIN)/mypy
 
 bench: setup  ## figures against their peers, as JSON
-	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json || exit 1; done
+
+bench-feast: setup .venv-feast/.installed  ## the history join with Feast's Ray store in the same run
+	$(BIN)/python benchmarks/history_join.py --json --no-growth --feast-python .venv-feast/bin/python $(ARGS)
+
+.venv-feast/.installed: benchmarks/feast-requirements.txt
+	test -x .venv-feast/bin/python || $(BIN)/uv venv --python $(BIN)/python .venv-feast
+	$(BIN)/uv pip install --quiet --python .venv-feast/bin/python -r benchmarks/feast-requirements.txt
+	touch $@
 
 golden: setup  ## rewrite the golden numbers; review the diff
 	$(BIN)/pytest tests/golden --golden-rewrite -q

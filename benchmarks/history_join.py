@@ -7,22 +7,22 @@ this file says what each key means.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from history_data import CASES, read_case
+from machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 DUCKDB = ("duckdb_asof", "duckdb_window")
 POLARS = ("polars_asof", "polars_window", "polars_search")
 PEERS = (*DUCKDB, *POLARS)
+LIBRARIES = ("numpy", "pyarrow", "duckdb", "polars")
 FEAST_SIZES = {"events": 400_000, "requests": 5_000, "users": 2_000}
 Record = dict[str, Any]  # Any: JSON
 
@@ -184,25 +184,6 @@ def seconds_table(
     }
 
 
-def machine(args: argparse.Namespace) -> Record:
-    """Return what the run ran on."""
-    model = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": model[0] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average_at_end": os.getloadavg(),
-        "threads": args.threads,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "pyarrow", "duckdb", "polars")},
-        },
-    }
-
-
 def report(args: argparse.Namespace, folder: Path) -> Record:
     """Make the logs, measure everything and return the keys that `README.md` explains."""
     for case in CASES:
@@ -231,7 +212,7 @@ def report(args: argparse.Namespace, folder: Path) -> Record:
             name: getattr(args, name)
             for name in ("events", "requests", "users", "max_len", "repeats", "block_rows")
         },
-        "machine": machine(args),
+        "machine": {"threads": args.threads, **describe_machine(LIBRARIES)},
     }
 
 

@@ -86,7 +86,7 @@ class RawHistorySource:
         }
         self._names = tuple(item_fields)
         self._fields = _item_matrix(items, item_fields)
-        self._max_len = max_len
+        self.max_len = max_len
 
     def limited(self, schema: FeatureSchema) -> "RawHistorySource":
         """Return the same source with ids that `schema` does not know as 0.
@@ -106,6 +106,12 @@ class RawHistorySource:
         other._fields = np.where(self._fields < limits, self._fields, 0)
         return other
 
+    def entries(self, bucket: int, rows: NDArray[np.integer]) -> tuple[Ints, Ints]:
+        """Return times [M] and item ids [M, F] of `rows` of a bucket's events."""
+        times, items = self._tables[bucket]
+        met = items[rows]
+        return times[rows], self._fields[np.where(met < len(self._fields), met, 0)]
+
     def gather(
         self,
         bucket: NDArray[np.integer],
@@ -114,7 +120,7 @@ class RawHistorySource:
         request_ts: NDArray[np.integer],
     ) -> Gathered:
         """Return ages and item ids of the newest entries of each slice."""
-        mask, owner, rows = _positions(start, length, self._max_len)
+        mask, owner, rows = _positions(start, length, self.max_len)
         event_ts = np.empty(len(rows), dtype=np.int64)
         item = np.zeros(mask.shape, dtype=np.int64)
         met = np.empty(len(rows), dtype=np.int64)

@@ -4,9 +4,8 @@ Shards are whole or absent and carry a marker, so a killed job goes on where it 
 A shard is taken over from the version before when its rows and all that the snapshot reads for them are the same.
 """
 
-import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from loopfm_ray.data.batch import Batch
 from loopfm_ray.data.collate import Collator, RawHistorySource
-from loopfm_ray.data.examples import ExampleFile, read_rows
+from loopfm_ray.data.digest import inputs_sha256
+from loopfm_ray.data.examples import ExampleFile, Rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import format_ts
 from loopfm_ray.errors import ConfigError, JobError, StoreError
@@ -25,7 +24,7 @@ from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.offline import LatentsWriter, Previous
 from loopfm_ray.store.shards import Place, kept_from, shard_path
-from loopfm_ray.train.embed import Embedder
+from loopfm_ray.train.embed import Embedder, length_order
 from loopfm_ray.train.snapshot import Snapshot, load_snapshot
 from loopfm_ray.types import TimeRange
 
@@ -33,7 +32,6 @@ __all__ = [
     "MaterializeTask",
     "Scope",
     "ShardEmbedder",
-    "batch_sha256",
     "group_shards",
     "materialize",
     "plan_shards",
@@ -76,7 +74,7 @@ class MaterializeTask:
     snapshot: Path
     time_range: TimeRange
     writer: LatentsWriter
-    batch_rows: int = 4096
+    batch_rows: int = 1024
     redo: TimeRange | None = None
     """Only shards of this time are made again, the others must be taken over; None makes again what changed."""
     is_fresh: bool = False
@@ -111,27 +109,6 @@ def plan_shards(
     return time_range, [file for file in files if _has_rows(file, time_range)]
 
 
-def _rows_sha256(rows: Mapping[str, Any]) -> "hashlib._Hash":
-    """Return a digest of the columns that a shard takes from the rows as they are."""
-    digest = hashlib.sha256()
-    for name in _SHARD_COLUMNS:
-        digest.update(np.ascontiguousarray(rows[name]).view(np.uint8).data)
-    return digest
-
-
-def batch_sha256(digest: "hashlib._Hash", batch: Batch) -> None:
-    """Add all that a model reads of `batch` to `digest`."""
-    parts = [("ids", batch.ids), ("numeric", batch.numeric), *sorted(batch.sequences.items())]
-    for source, history in sorted(batch.histories.items()):
-        parts += [(f"{source}.row", history.row), (f"{source}.mask", history.mask)]
-        parts += [(f"{source}.age_s", history.age_s)]
-        if history.item_ids is not None:
-            parts.append((f"{source}.item_ids", history.item_ids))
-    for name, tensor in parts:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data)
-
-
 def _has_rows(file: ExampleFile, time_range: TimeRange) -> bool:
     """Return whether a file holds rows of the range; only those at its edges have to be looked into."""
     span = file.period_range
@@ -147,7 +124,10 @@ class ShardEmbedder:
         self._task = task
         self._data = PreparedData.open(task.prepared)
         self._embedder = Embedder(load_snapshot(task.snapshot))
-        self._collators: dict[int, Collator] = {}
+        self._fields = Collator(
+            self._embedder.snapshot.spec.schema, self._data.items, self._data.users
+        )
+        self._of_bucket: tuple[int, Collator, RawHistorySource | None] = (-1, self._fields, None)
         files = self._data.examples.files(task.time_range)
         self._files = {(file.period, file.bucket): file for file in files}
         self._previous = None if task.is_fresh else task.writer.previous()
@@ -176,8 +156,7 @@ class ShardEmbedder:
         if redo and redo.start_ts < span.stop_ts and span.start_ts < redo.stop_ts:
             return False
         before = self._previous.shards.get((file.period, file.bucket)) if self._previous else None
-        # if it differs, the batches are made twice, which is far cheaper than the FM
-        if before and before.input_sha256 == self._input_sha256(file):
+        if before and before.input_sha256 == self._input_sha256(file, self._read(file)):
             return True
         if redo:
             raise StoreError(
@@ -187,22 +166,19 @@ class ShardEmbedder:
             )
         return False
 
-    def _input_sha256(self, file: ExampleFile) -> str:
-        """Return what tells whether the shard would be the same.
+    def _read(self, file: ExampleFile) -> Rows:
+        """Return the rows of a shard in the order in which they are embedded."""
+        collate, source = self._open(file.bucket)
+        columns = list(dict.fromkeys([*collate.columns, *_SHARD_COLUMNS]))
+        rows = read_rows([file], self._task.time_range, columns=columns)
+        if source is None:
+            return rows
+        order = length_order(rows, self._embedder.snapshot.spec.max_len)
+        return {name: values[order] for name, values in rows.items()}
 
-        The checksum of the file would not do: it has pointers into the events of the bucket, which move with every new
-        event, and it lacks what is looked up in the tables of users and items.
-        """
-        rows = read_rows([file], self._task.time_range)
-        digest = _rows_sha256(rows)
-        for batch in self._batches(file, rows):
-            batch_sha256(digest, batch)
-        return digest.hexdigest()
-
-    def _batches(self, file: ExampleFile, rows: Mapping[str, Any]) -> Iterator[Batch]:
-        collate, size = self._collator(file.bucket), self._task.batch_rows
-        for begin in range(0, len(rows["example_id"]), size):
-            yield collate({name: values[begin : begin + size] for name, values in rows.items()})
+    def _input_sha256(self, file: ExampleFile, rows: Rows) -> str:
+        """Return what tells whether the shard would be the same."""
+        return inputs_sha256(rows, _SHARD_COLUMNS, self._fields, self._open(file.bucket)[1])
 
     def _count_attempt(self, period: int, bucket: int) -> None:
         """Stop a shard that kills its worker again and again: Ray itself would start new ones for ever."""
@@ -217,35 +193,36 @@ class ShardEmbedder:
             )
 
     def _write(self, file: ExampleFile) -> None:
-        rows = read_rows([file], self._task.time_range)
+        rows, size = self._read(file), self._task.batch_rows
+        collate, _ = self._open(file.bucket)
         latents, probs = [], []
-        digest = _rows_sha256(rows)
-        for batch in self._batches(file, rows):
-            batch_sha256(digest, batch)
-            embedded = self._embedder(batch)
+        for begin in range(0, len(rows["example_id"]), size):
+            batch = {name: values[begin : begin + size] for name, values in rows.items()}
+            embedded = self._embedder(collate(batch))
             latents.append(embedded.latents)
             probs.append(embedded.fm_prob)
         columns = {name: rows[name] for name in _SHARD_COLUMNS}
         columns["fm_prob"] = np.concatenate(probs)
         self._task.writer.write(
-            file.period, file.bucket, columns, np.concatenate(latents), digest.hexdigest()
+            file.period,
+            file.bucket,
+            columns,
+            np.concatenate(latents),
+            self._input_sha256(file, rows),
         )
 
-    def _collator(self, bucket: int) -> Collator:
-        if bucket not in self._collators:
-            data, snapshot = self._data, self._embedder.snapshot
-            sources = {}
-            if snapshot.spec.item_fields:
-                sources["raw"] = RawHistorySource(
-                    {bucket: data.events(bucket)},
-                    data.items,
-                    snapshot.spec.item_fields,
-                    snapshot.spec.max_len,
-                )
-            self._collators = {
-                bucket: Collator(snapshot.spec.schema, data.items, data.users, sources)
-            }
-        return self._collators[bucket]
+    def _open(self, bucket: int) -> tuple[Collator, RawHistorySource | None]:
+        """Return what makes batches of a bucket's rows, and the raw histories that the snapshot reads; the last is kept."""
+        if self._of_bucket[0] != bucket:
+            data, spec = self._data, self._embedder.snapshot.spec
+            source, sources = None, {}
+            if spec.item_fields:
+                events = {bucket: data.events(bucket)}
+                source = RawHistorySource(events, data.items, spec.item_fields, spec.max_len)
+                sources["raw"] = source = source.limited(spec.schema)
+            collate = Collator(spec.schema, data.items, data.users, sources)
+            self._of_bucket = (bucket, collate, source)
+        return self._of_bucket[1:]
 
 
 def materialize(
@@ -348,10 +325,13 @@ def group_shards(todo: Sequence[Place], previous: Previous | None) -> list[dict[
 def _run(
     task: MaterializeTask, items: Sequence[dict[str, Any]], num_workers: int, progress: Progress
 ) -> None:
+    """Call `ShardEmbedder` with every item, in processes of the cluster."""
     if not items:
         return
     num_workers = min(num_workers, len(items))
-    shards = ray.data.from_items(list(items), override_num_blocks=min(len(items), 8 * num_workers))
+    # many small blocks, so that no worker waits long for the last of another
+    num_blocks = min(len(items), 32 * num_workers)
+    shards = ray.data.from_items(list(items), override_num_blocks=num_blocks)
     written = shards.map(
         ShardEmbedder,
         fn_constructor_args=(task,),

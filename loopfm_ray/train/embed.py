@@ -1,7 +1,8 @@
 """From events to what is stored of them: the FM's embedding, its latent, and the FM's prediction."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from loopfm_ray.models.bottleneck import EmbeddingChunk
 from loopfm_ray.models.foundation import FoundationModel
 from loopfm_ray.train.snapshot import Snapshot
 
-__all__ = ["Embedded", "Embedder", "embedding_chunks"]
+__all__ = ["Embedded", "Embedder", "embedding_chunks", "length_order"]
 
 _SENSITIVITY_BATCHES = 8
 
@@ -44,6 +45,14 @@ class Embedder:
         latent = self._bottleneck.encode(output.layers[spec.embedding_layer])
         prob = torch.sigmoid(output.logit[:, 0]).float().cpu().numpy()
         return Embedded(latent.float().cpu().numpy(), prob)
+
+
+def length_order(rows: Mapping[str, NDArray[Any]], max_len: int) -> NDArray[np.intp]:
+    """Return an order of rows in which neighbours read raw histories of like length, so that batches carry little padding.
+
+    Among equal lengths the order stays, so that rows of one request, which share a history, stay together.
+    """
+    return np.argsort(np.minimum(rows["raw_len"], max_len), kind="stable")
 
 
 def embedding_chunks(

@@ -31,10 +31,10 @@ EVERYTHING = Scope()
 def serial(monkeypatch):
     """Run the shards in this process, without Ray."""
 
-    def run(task, todo, num_workers, progress):
+    def run(task, items, num_workers, progress):
         worker = ShardEmbedder(task)
-        for row in todo:
-            worker(row)
+        for item in items:
+            worker(item)
 
     monkeypatch.setattr(job, "_run", run)
 
