@@ -6,14 +6,13 @@ purpose; give `sample` for large sets.
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
 from loopfm_ray.errors import LeakError, StoreError
+from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.tables import map_ipc
 
@@ -78,12 +77,12 @@ class _Rules(NamedTuple):
 
 
 def audit(
-    joined: Path, latents: Location, *, sample: int | None = 10_000, seed: int = 0
+    joined: Location, latents: Location, *, sample: int | None = 10_000, seed: int = 0
 ) -> AuditReport:
     """Check requests of the joined version against the latents version it was made from.
 
     Args:
-        joined: directory of the joined version.
+        joined: the joined version, a directory or an `s3://` address.
         latents: the latents version it names as its input.
         sample: how many requests to check, drawn by `seed`; None checks all.
         seed: of the draw.
@@ -91,7 +90,8 @@ def audit(
     Raises:
         StoreError: the latents version is not the one that was joined.
     """
-    manifest = read_manifest(joined)
+    version = open_version(joined)
+    manifest = version.manifest
     reader = LatentsReader(latents)
     expected = manifest.inputs.get("latents")
     if reader.manifest.version != expected:
@@ -113,8 +113,8 @@ def audit(
         owner = int(entry.path.split("/")[1].removeprefix("bucket="))
         if owner != bucket:
             bucket, truth = owner, _read_truth(reader, owner)
-            history = _read_history(joined, owner)
-        requests = pq.read_table(joined / entry.path, partitioning=None).take(rows).to_pylist()
+            history = _read_history(version, owner)
+        requests = pq.read_table(version.path(entry.path), partitioning=None).take(rows).to_pylist()
         for request in requests:
             problems = _check(request, history, truth, rules, margins)
             num_leaks += bool(problems)
@@ -172,8 +172,8 @@ def _read_truth(reader: LatentsReader, bucket: int) -> _Truth:
     return truth
 
 
-def _read_history(joined: Path, bucket: int) -> list[_Event]:
-    table = map_ipc(joined / "history" / f"bucket={bucket:03d}.arrow")
+def _read_history(joined: Version, bucket: int) -> list[_Event]:
+    table = map_ipc(joined.path(f"history/bucket={bucket:03d}.arrow"))
     return [_event(row) for row in table.to_pylist()]
 
 

@@ -1,14 +1,14 @@
 """How fresh the histories of a joined version are, and when that is an alarm."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from loopfm_ray.config import Config
-from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.cache import open_version
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.tables import map_ipc, read_parquet
 from loopfm_ray.types import MICROS_PER_S
 
@@ -63,19 +63,20 @@ def measure(num_requests: int, age_us: NDArray[np.int64], ages_s: tuple[float, .
     )
 
 
-def freshness(joined: Path, config: FreshnessConfig) -> Freshness:
+def freshness(joined: Location, config: FreshnessConfig) -> Freshness:
     """Return the freshness of the joined version at `joined`, from its files.
 
     Raises:
         StoreError: it can not be read.
     """
     ages, num_requests = [np.empty(0, dtype=np.int64)], 0
-    for entry in read_manifest(joined).files:
+    version = open_version(joined)
+    for entry in version.manifest.files:
         if not entry.path.startswith("requests/"):
             continue
         bucket = entry.path.split("/")[1]
-        event_ts = map_ipc(joined / "history" / f"{bucket}.arrow").column("event_ts").to_numpy()
-        table = read_parquet(joined / entry.path, ["event_ts", "latent_start", "latent_len"])
+        event_ts = map_ipc(version.path(f"history/{bucket}.arrow")).column("event_ts").to_numpy()
+        table = read_parquet(version.path(entry.path), ["event_ts", "latent_start", "latent_len"])
         request_ts, start, length = (table.column(n).to_numpy() for n in table.column_names)
         has = length > 0
         ages.append(request_ts[has] - event_ts[start[has] + length[has] - 1])

@@ -21,6 +21,7 @@ from loopfm_ray.data.prepare import Mapper, serial
 from loopfm_ray.errors import LeakError, StoreError
 from loopfm_ray.history.asof import HistoryIndex, newest_visible
 from loopfm_ray.history.staleness import StalenessSketch
+from loopfm_ray.store.cache import VersionFile, open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage
 from loopfm_ray.store.offline import LatentsReader
@@ -56,10 +57,10 @@ class JoinSettings:
 
 @dataclass(frozen=True)
 class JoinTask:
-    """What `join_bucket` needs to know; `examples` are `(period, file)` of the bucket."""
+    """What `join_bucket` needs to know; `examples` are `(period, file)` of the bucket, local or of a version."""
 
     bucket: int
-    examples: tuple[tuple[int, Path], ...]
+    examples: tuple[tuple[int, Path | VersionFile], ...]
     latents: Location
     out_dir: Path
     time_range: TimeRange
@@ -104,7 +105,11 @@ def merge_stats(stats: Sequence[JoinStats]) -> JoinStats:
 
 
 def plan_join(
-    prepared: Path, latents: Location, out_dir: Path, time_range: TimeRange, settings: JoinSettings
+    prepared: Location,
+    latents: Location,
+    out_dir: Path,
+    time_range: TimeRange,
+    settings: JoinSettings,
 ) -> list[JoinTask]:
     """Return one task per bucket of the prepared version that has examples in `time_range`.
 
@@ -112,7 +117,8 @@ def plan_join(
         LeakError: the range begins before the snapshot may embed.
         StoreError: there are no examples in the range, or the latents stop before its end.
     """
-    manifest = read_manifest(prepared)
+    version = open_version(prepared)
+    manifest = version.manifest
     meta = read_manifest(latents).meta
     if time_range.start_ts <= meta["trained_until_ts"]:
         raise LeakError(
@@ -120,7 +126,7 @@ def plan_join(
             f" (until {meta['trained_until_ts']}); start the requests later or use an earlier snapshot"
         )
     origin_ts, period_us = manifest.meta["period_origin_ts"], manifest.meta["period_us"]
-    files: dict[int, list[tuple[int, Path]]] = {}
+    files: dict[int, list[tuple[int, Path | VersionFile]]] = {}
     for entry in manifest.files:
         match = _EXAMPLES.fullmatch(entry.path)
         if match is None:
@@ -128,21 +134,27 @@ def plan_join(
         bucket, period = int(match[1]), int(match[2])
         begin = origin_ts + period * period_us
         if begin < time_range.stop_ts and begin + period_us > time_range.start_ts:
-            files.setdefault(bucket, []).append((period, prepared / entry.path))
+            files.setdefault(bucket, []).append((period, VersionFile(version, entry.path)))
     if not files:
         raise StoreError(
             f"{prepared} has no examples from {time_range.start_ts} to {time_range.stop_ts}; check data.split"
         )
     return [
-        JoinTask(bucket, tuple(sorted(files[bucket])), latents, out_dir, time_range, settings)
+        JoinTask(bucket, _by_period(files[bucket]), latents, out_dir, time_range, settings)
         for bucket in sorted(files)
     ]
 
 
+def _by_period(
+    files: Sequence[tuple[int, Path | VersionFile]],
+) -> tuple[tuple[int, Path | VersionFile], ...]:
+    return tuple(sorted(files, key=lambda item: item[0]))
+
+
 def write_joined(
-    prepared: Path,
+    prepared: Location,
     latents: Location,
-    final_dir: Path,
+    final_dir: Location,
     time_range: TimeRange,
     settings: JoinSettings,
     *,
@@ -213,7 +225,7 @@ def join_bucket(task: JoinTask) -> JoinStats:
     known_id = rows.column("example_id").to_numpy()
     known_prob = rows.column("fm_prob").to_numpy()
     by_id = np.argsort(known_id)
-    requests = {period: _requests(path, task.time_range) for period, path in task.examples}
+    requests = {period: _requests(file, task.time_range) for period, file in task.examples}
     probs = {
         period: _teacher(table, known_id[by_id], known_prob[by_id], task)
         for period, table in requests.items()
@@ -244,9 +256,9 @@ def join_bucket(task: JoinTask) -> JoinStats:
     return _stats(request_ts, newest_ts, index, events.num_rows)
 
 
-def _requests(path: Path, time_range: TimeRange) -> Table:
+def _requests(file: Path | VersionFile, time_range: TimeRange) -> Table:
     """Return the examples of one file whose time lies in the range."""
-    table = read_parquet(path)
+    table = read_parquet(file.path if isinstance(file, VersionFile) else file)
     event_ts = table.column("event_ts").to_numpy()
     chosen = (event_ts >= time_range.start_ts) & (event_ts < time_range.stop_ts)
     return table if chosen.all() else table.filter(pa.array(chosen))

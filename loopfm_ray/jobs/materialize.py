@@ -19,8 +19,8 @@ from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import ExampleFile, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, JobError, StoreError
-from loopfm_ray.jobs.mapping import Progress, silent, unwrap
-from loopfm_ray.store.filesystem import Location
+from loopfm_ray.jobs.mapping import Progress, on_this_node, silent, unwrap
+from loopfm_ray.store.filesystem import Location, absolute, is_remote
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.train.embed import Embedder
@@ -49,19 +49,21 @@ class Scope:
             changed.
         retention_us: periods wholly older than this before the last event are left out; None keeps all.
         scratch: where shards wait for the upload when the version is to lie on S3.
+        is_scratch_shared: whether workers on all machines have `scratch`; else all run on this one.
     """
 
     redo: TimeRange | None = None
     retention_us: int | None = None
     scratch: Path | None = None
+    is_scratch_shared: bool = False
 
 
 @dataclass(frozen=True)
 class MaterializeTask:
     """What every worker needs to write shards."""
 
-    prepared: Path
-    snapshot: Path
+    prepared: Location
+    snapshot: Location
     time_range: TimeRange
     writer: LatentsWriter
     batch_rows: int = 4096
@@ -229,8 +231,8 @@ class ShardEmbedder:
 
 
 def materialize(
-    prepared: Path,
-    snapshot_dir: Path,
+    prepared: Location,
+    snapshot_dir: Location,
     out_dir: Location,
     *,
     delay_us: int,
@@ -245,9 +247,9 @@ def materialize(
     later than the watermark of the version before (`num_late_events`).
 
     Args:
-        prepared: the prepared version.
+        prepared: the prepared version, a directory or an `s3://` address as the next two.
         snapshot_dir: the snapshot.
-        out_dir: a directory or an `s3://` address.
+        out_dir: the version to write.
         delay_us: from an event to its readers.
         num_workers: processes.
         progress: told of each shard.
@@ -262,7 +264,7 @@ def materialize(
     snapshot = load_snapshot(snapshot_dir)
     embedded, files = plan_shards(data, snapshot, scope.retention_us)
     writer = LatentsWriter(
-        final_dir=out_dir.absolute() if isinstance(out_dir, Path) else out_dir,
+        final_dir=absolute(out_dir),
         snapshot_id=snapshot.snapshot_id,
         trained_until_ts=snapshot.spec.trained_until_ts,
         spec=snapshot.spec.code_spec,
@@ -272,7 +274,7 @@ def materialize(
         scratch=scope.scratch,
     )
     task = MaterializeTask(
-        prepared.absolute(), snapshot_dir.absolute(), embedded, writer, redo=scope.redo
+        absolute(prepared), absolute(snapshot_dir), embedded, writer, redo=scope.redo
     )
     shards = [(file.period, file.bucket) for file in files]
     finished = writer.begin(shards)
@@ -280,12 +282,17 @@ def materialize(
         return finished
     shutil.rmtree(task.attempts, ignore_errors=True)
     todo = [place for place in shards if writer.completed(*place) is None]
-    _run(task, todo, num_workers, progress)
+    is_here = is_remote(out_dir) and not scope.is_scratch_shared
+    _run(task, todo, num_workers, progress, on_this_node() if is_here else {})
     return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)
 
 
 def _run(
-    task: MaterializeTask, todo: Sequence[tuple[int, int]], num_workers: int, progress: Progress
+    task: MaterializeTask,
+    todo: Sequence[tuple[int, int]],
+    num_workers: int,
+    progress: Progress,
+    where: Mapping[str, Any],  # Any: Ray ships no types
 ) -> None:
     if not todo:
         return
@@ -301,6 +308,7 @@ def _run(
         fn_constructor_args=(task,),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
+        **where,
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

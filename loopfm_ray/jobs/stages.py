@@ -3,7 +3,6 @@
 Up to date means: made by the same code, from the same settings and the same input versions.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from loopfm_ray.config import config_hash
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
-from loopfm_ray.errors import JobError, StoreError
+from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import JoinSettings, write_joined
@@ -25,11 +24,18 @@ from loopfm_ray.jobs.evaluate import (
     write_record,
 )
 from loopfm_ray.jobs.mapping import Progress, RayMapper
-from loopfm_ray.jobs.materialize import materialize
+from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
-from loopfm_ray.store.manifest import MANIFEST, Manifest, code_version, read_manifest
+from loopfm_ray.store.filesystem import Location, absolute, is_remote, remove_tree
+from loopfm_ray.store.manifest import (
+    Manifest,
+    code_version,
+    find_manifest,
+    read_manifest,
+    remove_version,
+)
 from loopfm_ray.store.publish import publish
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
@@ -45,9 +51,14 @@ class Context:
     progress: Progress
     fresh: bool = False
 
-    def mapper(self, stage: str) -> RayMapper:
-        """Return a mapper over the cluster that reports as `stage`."""
-        return RayMapper(self.config.ray.parallel_tasks, stage, self.progress)
+    def mapper(self, stage: str, *, writes: bool = False) -> RayMapper:
+        """Return a mapper over the cluster that reports as `stage`.
+
+        Tasks of one that `writes` files of a version run on this machine if the version waits for its upload here.
+        """
+        is_here = writes and is_remote(self.config.paths.versions)
+        tasks = self.config.ray.parallel_tasks
+        return RayMapper(tasks, stage, self.progress, is_here=is_here)
 
 
 def splits_of(config: PipelineConfig) -> Splits:
@@ -55,22 +66,22 @@ def splits_of(config: PipelineConfig) -> Splits:
     return config.data.split.ranges(*PreparedData.open(config.paths.prepared).log_range)
 
 
-def _current(path: Path, settings_hash: str, inputs: dict[str, str]) -> Manifest | None:
-    """Return the version at `path` if it is what would be written again, else None."""
-    if not (path / MANIFEST).is_file():
+def _current(location: Location, settings_hash: str, inputs: dict[str, str]) -> Manifest | None:
+    """Return the version at `location` if it is what would be written again, else None."""
+    manifest = find_manifest(location)
+    if manifest is None:
         return None
-    manifest = read_manifest(path)
     same = manifest.config_hash == settings_hash and manifest.code_version == code_version()
     return manifest if same and manifest.inputs == inputs else None
 
 
-def _needed(path: Path, stage: str) -> Manifest:
-    try:
-        return read_manifest(path)
-    except StoreError as error:
+def _needed(location: Location, stage: str) -> Manifest:
+    manifest = find_manifest(location)
+    if manifest is None:
         raise StoreError(
-            f"{path} is not there; run `loopfm {stage}` with the same config first"
-        ) from error
+            f"{location} is not there; run `loopfm {stage}` with the same config first"
+        )
+    return manifest
 
 
 def run_prepare(context: Context) -> dict[str, Any]:
@@ -79,7 +90,9 @@ def run_prepare(context: Context) -> dict[str, Any]:
     manifest = None if context.fresh else _current(path, config_hash(config.data), {})
     if manifest is None:
         context.progress("prepare", 0, 1)
-        manifest = prepare(config.data, path, mapper=context.mapper("prepare"), replace_other=True)
+        manifest = prepare(
+            config.data, path, mapper=context.mapper("prepare", writes=True), replace_other=True
+        )
     return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
 
 
@@ -93,16 +106,19 @@ def run_train_fm(context: Context) -> dict[str, Any]:
         settings = config_hash(config.fm, asdict(splits), config.data.past.max_len, seed)
         inputs = {"prepared": prepared.version}
         if context.fresh or _current(path, settings, inputs) is None:
-            work = config.paths.work / f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
-            _clear(work, context.fresh)
+            key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
+            work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
+            if context.fresh:
+                _clear(work, checkpoints)
             train_fm(
                 config.paths.prepared,
                 path,
                 work,
+                checkpoints,
                 FmSettings(config.fm, splits, config.data.past.max_len, seed, settings),
                 context.progress,
             )
-            _keep_curves(work, config.paths.seed(seed) / "curves" / f"{MODEL_FM}.jsonl")
+            _clear(work, checkpoints)
         result[f"seed={seed}"] = read_manifest(path).meta["snapshot_id"]
     return result
 
@@ -113,7 +129,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
     for seed in config.seeds:
         _needed(config.paths.fm(seed), "train-fm")
         if context.fresh:
-            shutil.rmtree(config.paths.latents(seed), ignore_errors=True)
+            remove_version(config.paths.latents(seed))
         manifest = materialize(
             config.paths.prepared,
             config.paths.fm(seed),
@@ -121,9 +137,18 @@ def run_materialize(context: Context) -> dict[str, Any]:
             delay_us=config.history.delay_us,
             num_workers=config.ray.parallel_tasks,
             progress=context.progress,
+            scope=_scope(config, seed),
         )
         result[f"seed={seed}"] = {"version": manifest.version, "rows": manifest.num_rows}
     return result
+
+
+def _scope(config: PipelineConfig, seed: int) -> Scope:
+    """Return where shards wait for their upload."""
+    if config.scratch_dir is None:
+        return Scope(scratch=(config.paths.work / f"latents-{seed}").absolute())
+    scratch = Path(config.scratch_dir).absolute() / config.name / f"latents-{seed}"
+    return Scope(scratch=scratch, is_scratch_shared=True)
 
 
 def run_join(context: Context) -> dict[str, Any]:
@@ -142,12 +167,12 @@ def run_join(context: Context) -> dict[str, Any]:
         manifest = None if context.fresh else _current(config.paths.joined(seed), hashed, inputs)
         if manifest is None:
             manifest = write_joined(
-                config.paths.prepared.absolute(),
-                str(config.paths.latents(seed).absolute()),
-                config.paths.joined(seed).absolute(),
+                absolute(config.paths.prepared),
+                absolute(config.paths.latents(seed)),
+                absolute(config.paths.joined(seed)),
                 window,
                 settings,
-                mapper=context.mapper("join"),
+                mapper=context.mapper("join", writes=True),
                 replace_other=True,
             )
         shown = ("coverage", "mean_length", "staleness_s")
@@ -174,7 +199,7 @@ def run_audit(context: Context) -> dict[str, Any]:
 def _audit(config: PipelineConfig, seed: int) -> AuditReport:
     return audit(
         config.paths.joined(seed),
-        str(config.paths.latents(seed)),
+        config.paths.latents(seed),
         sample=config.audit.sample,
         seed=seed,
     )
@@ -195,10 +220,11 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
             jobs.append(
                 VmJob(
                     name=name,
-                    prepared=config.paths.prepared.absolute(),
-                    joined=config.paths.joined(seed).absolute(),
-                    out_dir=config.paths.vm(seed, name).absolute(),
+                    prepared=absolute(config.paths.prepared),
+                    joined=absolute(config.paths.joined(seed)),
+                    out_dir=absolute(config.paths.vm(seed, name)),
                     work_dir=(config.paths.work / f"{name}-{seed}-{key}").absolute(),
+                    checkpoints=absolute(config.paths.checkpoints(f"{name}-{seed}-{key}")),
                     config=stage,
                     splits=splits,
                     fields=fields,
@@ -228,11 +254,11 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     ]
     # the slow ones first, so that the last one does not run alone for long
     todo.sort(key=lambda job: job.config.model.history.kind == "none")
-    for job in todo:
-        _clear(job.work_dir, context.fresh)
+    for job in todo if context.fresh else ():
+        _clear(job.work_dir, job.checkpoints)
     train_vms(todo, config.ray.parallel_tasks, context.progress)
     for job in todo:
-        _keep_curves(job.work_dir, config.paths.seed(job.seed) / "curves" / f"{job.name}.jsonl")
+        _clear(job.work_dir, job.checkpoints)
     return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
 
 
@@ -247,11 +273,11 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     splits = splits_of(config)
     todo: list[tuple[Path, str, Callable[[], EvaluationRecord]]] = []
     for seed in config.seeds:
-        snapshot, joined = config.paths.fm(seed).absolute(), config.paths.joined(seed).absolute()
+        snapshot, joined = absolute(config.paths.fm(seed)), absolute(config.paths.joined(seed))
         key = config_hash(_needed(snapshot, "train-fm").version, _needed(joined, "join").version)
 
         def measure_fm(
-            snapshot: Path = snapshot, joined: Path = joined, seed: int = seed
+            snapshot: Location = snapshot, joined: Location = joined, seed: int = seed
         ) -> EvaluationRecord:
             return evaluate_fm(snapshot, joined, splits.vm_valid, splits.test, seed)
 
@@ -297,7 +323,7 @@ def run_publish(context: Context) -> dict[str, Any]:
     context.progress("publish", 1, 2)
     users = PreparedData.open(config.paths.prepared).users.keys
     live = publish(
-        str(config.paths.latents(seed)),
+        config.paths.latents(seed),
         users,
         config.paths.online,
         config.online.max_events_per_user,
@@ -327,19 +353,10 @@ def export_bundle(config: PipelineConfig) -> Manifest:
     return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
 
 
-def _clear(work: Path, fresh: bool) -> None:
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _keep_curves(work: Path, path: Path) -> None:
-    """Move the learning curves to where the report finds them and drop the checkpoints."""
-    source = work / "metrics.jsonl"
-    if not source.is_file():
-        raise JobError(f"the training wrote no {source}; look at the log of its workers")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, path)
-    shutil.rmtree(work)
+def _clear(work: Path, checkpoints: Location) -> None:
+    """Remove what a training kept while it ran."""
+    remove_tree(work)
+    remove_tree(checkpoints)
 
 
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {

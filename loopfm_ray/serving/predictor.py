@@ -29,6 +29,7 @@ from loopfm_ray.serving.contract import (
 )
 from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_history
 from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
 from loopfm_ray.store.publish import open_current
 
@@ -258,12 +259,12 @@ def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
 
 
 def load_predictor(
-    bundle: str | Path, online: str | Path | None = None, history_timeout_s: float = 0.05
+    bundle: Location, online: str | Path | None = None, history_timeout_s: float = 0.05
 ) -> Predictor:
     """Load the bundle at `bundle` and open the live version of the online store at `online`.
 
     Args:
-        bundle: folder of the bundle.
+        bundle: folder or `s3://` address of the bundle.
         online: a directory or `redis://` address; not opened for a VM without history.
         history_timeout_s: deadline of one look-up in a store behind a network.
 
@@ -271,7 +272,7 @@ def load_predictor(
         BundleError: the bundle is damaged, or the store is not the one it was trained with.
         StoreError: nothing is published at `online`.
     """
-    loaded = load_bundle(Path(bundle))
+    loaded = load_bundle(bundle)
     if loaded.spec.history is None or online is None:
         return Predictor(loaded)
     return Predictor(loaded, open_current(online, timeout_s=history_timeout_s))

@@ -32,13 +32,13 @@ from loopfm_ray.store.manifest import (
     disk_errors,
     draft,
     file_location,
+    find_manifest,
     install,
-    read_manifest,
     recover,
     write_manifest,
 )
 from loopfm_ray.store.reader import LatentsReader
-from loopfm_ray.store.remote import claim, claim_of, commit_folder, read_current, write_claim
+from loopfm_ray.store.remote import claim, claim_of, commit_folder, write_claim
 from loopfm_ray.store.shards import (
     SHARDS,
     ShardStats,
@@ -123,7 +123,7 @@ class LatentsWriter:
         """The local folder that the work lies in, and the name of the version."""
         if self.scratch is not None and is_remote(self.final_dir):
             return self.scratch, str(self.final_dir).rstrip("/").rpartition("/")[2]
-        final = Path(self.final_dir)
+        final = Path(str(self.final_dir))
         return final.parent, final.name
 
     def begin(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
@@ -136,7 +136,7 @@ class LatentsWriter:
             the manifest, if the version of these shards is already there; then nothing is left to do.
         """
         if not is_remote(self.final_dir):
-            recover(Path(self.final_dir))
+            recover(Path(str(self.final_dir)))
         done = self._finished(shards)
         parent, name = self._place
         for folder in parent.glob(f".{name}.work-*"):
@@ -152,7 +152,7 @@ class LatentsWriter:
 
         They may if the same code embedded them with the same snapshot, code spec and delay.
         """
-        manifest = self._present()
+        manifest = find_manifest(self.final_dir)
         if manifest is None or manifest.kind != "latents":
             return None
         same = all(manifest.meta.get(name) == value for name, value in self._meta().items())
@@ -171,7 +171,7 @@ class LatentsWriter:
             data = read_bytes(source)
             write_atomically(path, lambda staged: staged.write_bytes(data))
         else:
-            os.link(source, path)
+            os.link(str(source), path)
         stats = replace(previous.shards[period, bucket], is_reused=True)
         self._mark(stats)
         return stats
@@ -284,7 +284,7 @@ class LatentsWriter:
             if begun is not None:
                 manifest = commit_folder(begun, staged, manifest, replace_other=replace_other)
             else:
-                manifest = install(staged, Path(self.final_dir), replace_other=replace_other)
+                manifest = install(staged, Path(str(self.final_dir)), replace_other=replace_other)
         shutil.rmtree(self.work_dir)
         _log.info("latents %s: %s", manifest.version, record)
         return manifest
@@ -325,18 +325,9 @@ class LatentsWriter:
             lambda staged: staged.write_text(text, encoding="utf-8"),
         )
 
-    def _present(self) -> Manifest | None:
-        """Return the manifest of the version under the final name, None if there is none."""
-        if is_remote(self.final_dir):
-            current = read_current(str(self.final_dir))
-            return None if current is None else current[0]
-        if not (Path(self.final_dir) / MANIFEST).is_file():
-            return None
-        return read_manifest(self.final_dir)
-
     def _finished(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
         """Return the manifest under the final name if it has these shards of the same inputs, else None."""
-        manifest = self._present()
+        manifest = find_manifest(self.final_dir)
         if manifest is None:
             return None
         paths = {entry.path for entry in manifest.files} - {SHARDS}

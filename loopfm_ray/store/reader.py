@@ -5,11 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from loopfm_ray.errors import StoreError
 from loopfm_ray.history.order import time_order
+from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.format import file_location, read_manifest
 from loopfm_ray.store.shards import SHARDS, SORT_KEYS, latents_schema, parse_shard, shard_path
 from loopfm_ray.store.tables import read_parquet
 
@@ -29,12 +28,8 @@ class LatentsReader:
             StoreError: there is none, or it is of another kind.
         """
         self.location = location
-        self.manifest = read_manifest(location)
-        if self.manifest.kind != "latents":
-            raise StoreError(
-                f"{location} holds a version of kind {self.manifest.kind!r}, expected 'latents';"
-                " give the directory that materialize wrote"
-            )
+        self._version = open_version(location, "latents")
+        self.manifest = self._version.manifest
         self.spec = CodeSpec.from_tree(self.manifest.meta["code_spec"])
         self._shards = sorted(
             parse_shard(entry.path) for entry in self.manifest.files if entry.path != SHARDS
@@ -69,13 +64,13 @@ class LatentsReader:
         schema = latents_schema(self.spec)
         wanted = list(columns) if columns is not None else schema.names
         needed = [name for name in schema.names if name in {*wanted, *SORT_KEYS, "is_event"}]
-        parts = [
-            read_parquet(
-                file_location(self.location, self.manifest, shard_path(period, bucket)), needed
-            )
+        names = [
+            shard_path(period, owner)
             for period, owner in self._shards
             if owner == bucket and (periods is None or period in periods)
         ]
+        folder = self._version.fetch(names)
+        parts = [read_parquet(folder / name, needed) for name in names]
         empty = pa.schema([schema.field(name) for name in needed]).empty_table()
         table = pa.concat_tables(parts) if parts else empty
         if events_only:
