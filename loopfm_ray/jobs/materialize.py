@@ -69,6 +69,8 @@ class MaterializeTask:
     batch_rows: int = 4096
     redo: TimeRange | None = None
     """Only shards of this time are made again, the others must be taken over; None makes again what changed."""
+    is_here: bool = False
+    """Whether shards wait on the disk of this machine, so that all workers have to run on it."""
 
     @property
     def attempts(self) -> Path:
@@ -274,7 +276,12 @@ def materialize(
         scratch=scope.scratch,
     )
     task = MaterializeTask(
-        absolute(prepared), absolute(snapshot_dir), embedded, writer, redo=scope.redo
+        absolute(prepared),
+        absolute(snapshot_dir),
+        embedded,
+        writer,
+        redo=scope.redo,
+        is_here=is_remote(out_dir) and not scope.is_scratch_shared,
     )
     shards = [(file.period, file.bucket) for file in files]
     finished = writer.begin(shards)
@@ -282,8 +289,7 @@ def materialize(
         return finished
     shutil.rmtree(task.attempts, ignore_errors=True)
     todo = [place for place in shards if writer.completed(*place) is None]
-    is_here = is_remote(out_dir) and not scope.is_scratch_shared
-    _run(task, todo, num_workers, progress, on_this_node() if is_here else {})
+    _run(task, todo, num_workers, progress)
     return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)
 
 
@@ -292,7 +298,6 @@ def _run(
     todo: Sequence[tuple[int, int]],
     num_workers: int,
     progress: Progress,
-    where: Mapping[str, Any],  # Any: Ray ships no types
 ) -> None:
     if not todo:
         return
@@ -308,7 +313,7 @@ def _run(
         fn_constructor_args=(task,),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
-        **where,
+        **(on_this_node() if task.is_here else {}),
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

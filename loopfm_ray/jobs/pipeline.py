@@ -121,13 +121,13 @@ def _finish(context: Context) -> dict[str, Any]:
     config, paths = context.config, context.config.paths
     context.progress("report", 0, 1)
     started = time.perf_counter()
+    records = {name: _need(context, name) for name in _ALL}
     curves = _curves(config)
     lines = [
         json.dumps({key: curve[key] for key in ("run", "seed", "step", "split", "name", "value")})
         for curve in curves
     ]
     _write(paths.metrics, "\n".join(lines) + "\n")
-    records = {name: _need(context, name) for name in _ALL}
     summary = _summary(config, records, curves)
     build_report(summary, paths.report)
     summary["seconds"]["report"] = time.perf_counter() - started

@@ -137,7 +137,10 @@ def read_bytes(location: Location) -> bytes:
         StoreError: the object store does not answer.
     """
     if not is_remote(location):
-        return Path(str(location)).read_bytes()
+        system, path = filesystem(location)
+        with system.open_input_stream(path) as stream:
+            data: bytes = stream.read()
+        return data
     folder, _, name = str(location).rpartition("/")
     found = S3Folder.of(folder).read(name)
     if found is None:
