@@ -205,12 +205,11 @@ class S3Folder:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     answer = connect().get_object(Bucket=self.bucket, Key=self._key(name))
+                    return *_consume(answer["Body"], sink), str(answer["ETag"])
                 except _client_error() as error:
                     if _code(error) in _MISSING:
                         return None
                     raise
-                try:
-                    return *_consume(answer["Body"], sink), str(answer["ETag"])
                 except _broken_body():
                     if attempt == ATTEMPTS:
                         raise
@@ -243,9 +242,11 @@ def _wait(attempt: int) -> None:
 
 
 def _broken_body() -> tuple[Any, ...]:  # Any: botocore ships no types
-    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+    from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+    from urllib3.exceptions import ProtocolError
 
-    return IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+    # the client lets the last through where the body of an error breaks off
+    return IncompleteReadError, ResponseStreamingError, ProtocolError
 
 
 def _client_error() -> Any:  # Any: botocore ships no types
@@ -263,10 +264,11 @@ def _errors(where: str) -> Iterator[None]:
     """Turn what the client raises inside the block into a StoreError that names `where`."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
-    except (BotoCoreError, Boto3Error, ClientError) as error:
+    except (BotoCoreError, Boto3Error, ClientError, HTTPError) as error:
         raise StoreError(f"{where}: {_explain(error)}") from error
 
 

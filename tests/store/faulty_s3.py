@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self):
         try:
             super().handle_one_request()
-        except (ConnectionError, BrokenPipeError):
+        except (OSError, ValueError):  # the client is gone, or `reset` closed the connection
             self.close_connection = True
 
     def serve(self):
@@ -119,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer)
         return None
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = serve
+    # http.server finds them by these names
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = serve  # noqa: N815
 
     def forward(self, body):
         connection = http.client.HTTPConnection(*self.owner.target, timeout=60)

@@ -235,8 +235,9 @@ def test_mistakes_are_told_within_seconds_and_clearly(s3, monkeypatch):
 @pytest.mark.s3
 def test_a_place_that_holds_something_else_is_refused_before_the_work(place):
     S3Folder.of(place.address).put("mine.txt", b"keep")
-    with pytest.raises(StoreError, match=r"holds 'mine\.txt' and is no dataset version"), stage(
-        place
+    with (
+        pytest.raises(StoreError, match=r"holds 'mine\.txt' and is no dataset version"),
+        stage(place),
     ):
         pytest.fail("the work began")
 

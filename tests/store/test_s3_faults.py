@@ -109,7 +109,7 @@ def test_commits_under_random_faults_show_whole_versions_and_leave_nothing(
     faulty, place, tmp_path, seed
 ):
     first = write_version(place, 3)
-    share = (0.15, 0.4, 0.6)[seed % 3]
+    share = (0.3, 0.6, 0.85)[seed % 3]
     num_failures = 0
     for turn, rows in enumerate((4, 5, 6)):
         before = read_manifest(place).version
@@ -134,8 +134,8 @@ def test_commits_under_random_faults_show_whole_versions_and_leave_nothing(
     last = write_version(place, 9)
     assert folders(place) == {last.data, last.previous_data}
     assert first.data not in folders(place)
-    assert sum(faulty.met.values()) > 10
-    assert share < 0.3 or num_failures > 0
+    assert sum(faulty.met.values()) > 5
+    assert share < 0.8 or num_failures > 0
     assert not list((tmp_path / "cache" / remote.STAGING).iterdir())
 
 
@@ -146,7 +146,7 @@ def test_reading_through_the_cache_under_random_faults_gives_the_bytes(
     write_version(place, 500, files=12)
     write_version(tmp_path / "local", 500, files=12)
     kinds = (*FAULTS, "truncate", "truncate")
-    faulty.schedule = random_faults(seed, (0.2, 0.5)[seed % 2], kinds)
+    faulty.schedule = random_faults(seed, (0.5, 0.8)[seed % 2], kinds)
     folder, _ = until_done(lambda: open_version(place).fetch())
     found, want = worlds.tree_bytes(folder), worlds.tree_bytes(tmp_path / "local")
     assert {n: d for n, d in found.items() if n.startswith("part")} == {
