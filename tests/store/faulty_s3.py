@@ -96,28 +96,26 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(500, "InternalError")
         if fault == "reset_before":
             return self.reset()
-        status, headers, answer = self.forward(body)
+        answer = self.forward(body)
         if fault == "reset_after":
             return self.reset()
         if fault == "internal_after":
             return self.refuse(500, "InternalError")
+        return self.answer(*answer, is_cut=fault == "truncate")
+
+    def answer(self, status, headers, body, is_cut):
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 self.send_header(name, value)
-        length = dict((name.lower(), value) for name, value in headers).get("content-length")
-        if self.command == "HEAD":
-            self.send_header("Content-Length", length or "0")
-            answer = b""
-        else:
-            self.send_header("Content-Length", str(len(answer)))
+        lengths = [value for name, value in headers if name.lower() == "content-length"]
+        is_head = self.command == "HEAD"
+        self.send_header("Content-Length", (lengths or ["0"])[0] if is_head else str(len(body)))
         self.end_headers()
-        if fault == "truncate" and answer:
-            self.wfile.write(answer[: len(answer) // 2])
+        self.wfile.write(body[: len(body) // 2] if is_cut else body)
+        if is_cut and body:
             self.wfile.flush()
-            return self.reset()
-        self.wfile.write(answer)
-        return None
+            self.reset()
 
     # http.server finds them by these names
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = serve  # noqa: N815
