@@ -18,9 +18,11 @@ from history_data import CODE_BYTES, SPAN_S, make_codes, make_events, make_reque
 
 from loopfm_ray.data.runs import runs
 from loopfm_ray.history.join import JoinSettings, JoinTask, join_bucket, merge_stats
+from loopfm_ray.history.order import time_order
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.offline import latents_schema, shard_path
+from loopfm_ray.store.rows import LATENTS_FORMAT, Rule, write_rows
 from loopfm_ray.store.tables import write_parquet
 from loopfm_ray.types import TimeRange
 
@@ -60,10 +62,12 @@ def make_block(
 
 
 def split(table: pa.Table, num_buckets: int) -> list[tuple[int, pa.Table]]:
-    """Return the rows of each bucket of users."""
+    """Return the rows of each bucket of users, in the order of the store's files."""
     # users are numbered at random here, so the remainder is as good as a hash
     bucket = table.column("user").to_numpy() % num_buckets
-    order = np.argsort(bucket, kind="stable")
+    keys = (table.column(name).to_numpy() for name in ("user", "event_ts", "example_id"))
+    order = time_order(*keys)
+    order = order[np.argsort(bucket[order], kind="stable")]
     rows = table.take(pa.array(order))
     return [(int(value), rows.slice(a, b - a)) for value, a, b in runs(bucket[order])]
 
@@ -77,12 +81,12 @@ def write_log(folder: Path, args: argparse.Namespace, num_buckets: int) -> Files
         for block in range(num_blocks):
             table = make_block(block, *sizes, SPAN_S // 30)
             for bucket, rows in split(table, num_buckets):
-                write_parquet(rows, staged / shard_path(block, bucket))
+                write_rows(rows, staged / shard_path(block, bucket), Rule())
                 asked = rows.filter(pa.array(~rows.column("is_event").to_numpy()))
                 path = folder / "examples" / f"bucket={bucket:03d}" / f"period={block:04d}.parquet"
                 write_parquet(asked.select(["example_id", "user", "event_ts"]), path)
                 files.setdefault(bucket, []).append((block, path))
-        meta = {"code_spec": SPEC.to_tree()}
+        meta = {"code_spec": SPEC.to_tree(), "latents_format": LATENTS_FORMAT}
         commit(
             staged,
             kind="latents",

@@ -17,10 +17,13 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.history.bucket import BLOCK_ROWS
+from loopfm_ray.history.freshness import FreshnessConfig
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.store.compact import TARGET_ROWS
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
@@ -114,11 +117,32 @@ class HistoryStageConfig(Config):
     """Older events are left out; none keeps all."""
     delay_s: NonNegativeFloat = 0.0
     """Seconds from an event to when its latent can be read."""
+    keep_s: PositiveFloat | None = None
+    """How long latents are kept: whole periods older than this before the last event are not materialized any more;
+    none keeps all. Requests whose teacher prediction was not kept can not be joined."""
+    compact_rows: PositiveInt = TARGET_ROWS
+    """Rows of a file of latents that `loopfm compact` makes, about."""
+    block_rows: PositiveInt = BLOCK_ROWS
+    """Rows that a task of the join holds at once, which bounds its memory; no byte of the answer depends on it."""
+
+    @model_validator(mode="after")
+    def _keeps_what_histories_reach(self) -> Self:
+        if self.keep_s is not None and (self.retention_s or 0.0) > self.keep_s:
+            raise ConfigError(
+                f"history.keep_s must be at least history.retention_s, found {self.keep_s} and {self.retention_s}:"
+                " a history would lack events that it may hold"
+            )
+        return self
 
     @property
     def retention_us(self) -> int | None:
         """The retention in microseconds."""
         return None if self.retention_s is None else round(self.retention_s * MICROS_PER_S)
+
+    @property
+    def keep_us(self) -> int | None:
+        """How long latents are kept, in microseconds."""
+        return None if self.keep_s is None else round(self.keep_s * MICROS_PER_S)
 
     @property
     def delay_us(self) -> int:
@@ -140,6 +164,9 @@ class OnlineConfig(Config):
 
     model: str = "vm_kd_loopfm"
     """The VM whose bundle the demo serves."""
+    target: str | None = None
+    """Directory or `redis://` address that histories are published to, next to those of other snapshots; none is the
+    folder `online` of the run."""
     max_events_per_user: PositiveInt | None = None
     """Newest events kept for a user; none keeps all within the retention."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -201,6 +228,7 @@ class PipelineConfig(Config):
     """The VM with distillation alone, which LoopFM has to beat."""
     online: OnlineConfig = OnlineConfig()
     audit: AuditConfig = AuditConfig()
+    freshness: FreshnessConfig = FreshnessConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -230,6 +258,18 @@ class PipelineConfig(Config):
             return RunPaths(root, root)
         store = locate(self.store, self.cache_dir, self.cache_bytes)
         return RunPaths(root, join(store, self.name))
+
+    def scratch(self, seed: int) -> Path:
+        """Return where shards of latents wait for their upload to S3."""
+        if self.scratch_dir is None:
+            return (self.paths.work / f"latents-{seed}").absolute()
+        return Path(self.scratch_dir).absolute() / self.name / f"latents-{seed}"
+
+    @property
+    def online_target(self) -> str:
+        """Where histories are published: a directory, absolute, or a `redis://` address."""
+        target = self.online.target or str(self.paths.online)
+        return target if "://" in target else str(Path(target).absolute())
 
     @property
     def latent_vms(self) -> Mapping[str, VmStageConfig]:

@@ -23,6 +23,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--golden-rewrite", action="store_true", help="rewrite tests/golden/golden.json"
     )
+    parser.addoption(
+        "--kill-report", metavar="PATH", help="write how many kill points were tried, as JSON"
+    )
 
 
 ACCESS_KEY = "loopfm-test"

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,22 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.scoring import run_parity
 from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
+from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location, is_remote
 from loopfm_ray.store.manifest import code_version, read_manifest
 from loopfm_ray.store.s3 import check_access
+from loopfm_ray.store.sizes import measure_sizes, online_event_bytes
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.target import is_redis
 from loopfm_ray.train.curves import read_curves
+from loopfm_ray.types import TimeRange
 
 __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
 
@@ -50,16 +57,23 @@ def run_pipeline(
 
 
 def run_stages(
-    config: PipelineConfig, name: str, *, fresh: bool = False, progress: Progress = silent
+    config: PipelineConfig,
+    name: str,
+    *,
+    fresh: bool = False,
+    progress: Progress = silent,
+    redo: TimeRange | None = None,
 ) -> dict[str, Any]:
     """Run one stage and return what it did; what it needs must be there.
+
+    `redo` is for materialize: the time that is made again, while all other must be as before.
 
     Raises:
         LoopFMError: the stage failed, or an earlier one has not run.
     """
     if name not in STAGE_NAMES:
         raise ConfigError(f"there is no stage {name!r}, expected one of {STAGE_NAMES}")
-    context = _begin(config, progress, fresh)
+    context = replace(_begin(config, progress, fresh), redo=redo)
     if name == "report":
         _finish(context)
         return {"report": str(config.paths.report), "summary": str(config.paths.summary)}
@@ -153,7 +167,7 @@ def _summary(
     parity = dict(records["parity"]["result"])
     scored = parity.pop("scored_request")
     latents, joined = read_manifest(paths.latents(seed)), read_manifest(paths.joined(seed))
-    meta = data.manifest.meta
+    meta, fresh = data.manifest.meta, joined_freshness(config, seed)
     return {
         "name": config.name,
         "code_version": code_version(),
@@ -173,6 +187,8 @@ def _summary(
             "coverage": joined.meta["coverage"],
             "mean_length": joined.meta["mean_length"],
             "staleness_s": joined.meta["staleness_s"],
+            "coverage_by_age": fresh["coverage_by_age"],
+            "alarms": fresh["alarms"],
         },
         "audit": records["audit"]["result"],
         "parity": parity,
@@ -180,7 +196,11 @@ def _summary(
         "sizes": {
             "latents_bytes": latents.num_bytes,
             "bytes_per_event": latents.num_bytes / max(latents.num_rows, 1),
-            "online_bytes": _disk_bytes(paths.online),
+            "online_bytes": _online_bytes(config.online_target, Space.of_meta(latents.meta).id),
+            "encoded_bytes_per_event": measure_sizes(paths.latents(seed)).encoded_bytes_per_event,
+            "online_bytes_per_event": online_event_bytes(
+                CodeSpec.from_tree(latents.meta["code_spec"])
+            ),
             "joined_bytes": joined.num_bytes,
         },
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -237,8 +257,11 @@ def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Location]:
     }
 
 
-def _disk_bytes(folder: Path) -> int:
-    """Return what a folder takes on disk; sparse files count what they hold."""
+def _online_bytes(target: str, space: str) -> int | None:
+    """Return what a space takes on disk, None for Redis; sparse files count what they hold."""
+    if is_redis(target):
+        return None
+    folder = Path(target) / "spaces" / space
     return sum(item.stat().st_blocks * 512 for item in folder.rglob("*") if item.is_file())
 
 

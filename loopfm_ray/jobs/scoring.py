@@ -33,15 +33,13 @@ def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
     Raises:
         StoreError: nothing was published yet.
     """
-    if find_manifest(config.paths.bundle) is None or not config.paths.online.is_dir():
-        raise StoreError(
-            f"{config.paths.bundle} or {config.paths.online} is not there; run `loopfm publish` on this machine first"
-        )
+    if find_manifest(config.paths.bundle) is None:
+        raise StoreError(f"{config.paths.bundle} is not there; run `loopfm publish` first")
     return serving.ServeConfig(
         bundle=str(absolute(config.paths.bundle)),
         cache_dir=config.cache_dir,
         cache_bytes=config.cache_bytes,
-        online=str(config.paths.online.absolute()),
+        online=config.online_target,
         port=port,
         log_level="WARNING",
     )
@@ -84,7 +82,7 @@ def run_parity(context: Context) -> dict[str, Any]:
         raise JobError(
             f"parity: {report.num_mismatches} of {report.num_rows} served scores differ by more than"
             f" {report.tolerance} from the offline score of the same row, the most by {report.max_abs_diff}:\n  {shown}\n"
-            "publish the latents version that the bundle pins, and check that offline and serving run the same code"
+            "check that offline and serving run the same code, and that the audit of the joined version passes"
         )
     return {**asdict(report), "scored_request": scored}
 

@@ -37,6 +37,7 @@ from loopfm_ray.models.vertical import build_vm
 from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
@@ -118,6 +119,17 @@ class VmJob:
     def metrics_file(self) -> Path:
         """Where it is shown how far the training is."""
         return self.work_dir / "metrics.jsonl"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the VM is made from: the versions, and the space that its latents are of."""
+        joined = read_manifest(self.joined)
+        return {
+            "prepared": read_manifest(self.prepared).version,
+            "joined": joined.version,
+            "latents": joined.meta["latents_version"],
+            "space": joined.meta["space"],
+        }
 
 
 def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:
@@ -210,10 +222,7 @@ def _worker(config: dict[str, Any]) -> None:
             job.out_dir,
             trained,
             config_hash=job.config_hash,
-            inputs={
-                "prepared": data.prepared.manifest.version,
-                "joined": data.joined.manifest.version,
-            },
+            inputs=job.inputs,
             num_rows=sum(plan.num_rows),
             curves=curves,
         )

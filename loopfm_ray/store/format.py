@@ -75,6 +75,14 @@ class Manifest:
     previous_data: str = ""
 
     @property
+    def content(self) -> str:
+        """What names the rows, however they are laid out in files; `version` where that makes no difference.
+
+        Two latents versions of one content give the same to every reader, so what was made from one holds for the other.
+        """
+        return str(self.meta.get("content", self.version))
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(entry.num_bytes for entry in self.files)

@@ -51,6 +51,7 @@ __all__ = [
     "draft",
     "file_location",
     "find_manifest",
+    "finish",
     "install",
     "read_manifest",
     "recover",
@@ -126,12 +127,35 @@ def commit(
         num_rows=num_rows,
         seconds=seconds,
     )
+    return finish(staged, staged.parent / final_name, manifest, replace_other=replace_other)
+
+
+def finish(
+    staged: Path,
+    final_dir: Path,
+    manifest: Manifest,
+    *,
+    replace_other: bool = False,
+    keep_equal: bool = True,
+) -> Manifest:
+    """Write a drafted manifest into `staged` and make the directory the version, as `commit` does.
+
+    Args:
+        staged: the directory with all files; one with a claim is uploaded to where that says.
+        final_dir: the final name on a local disk.
+        manifest: from `draft`.
+        replace_other: whether another version under the final name gives way.
+        keep_equal: whether an equal one on a local disk stays; see `install`.
+
+    Raises:
+        StoreError: as `commit`, or the disk is full.
+    """
     with disk_errors(staged):
         manifest = write_manifest(staged, manifest)
         claim = claim_of(staged)
         if claim is not None:
             return commit_folder(claim, staged, manifest, replace_other=replace_other)
-        return install(staged, staged.parent / final_name, replace_other=replace_other)
+        return install(staged, final_dir, replace_other=replace_other, keep_equal=keep_equal)
 
 
 def draft(
@@ -193,11 +217,14 @@ def write_manifest(staged: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
+def install(
+    staged: Path, final_dir: Path, *, replace_other: bool, keep_equal: bool = True
+) -> Manifest:
     """Rename a directory with a manifest to its final name and return the manifest that lies there.
 
-    An equal version that is already there stays and `staged` is dropped. Another version gives way when
-    `replace_other`: it is renamed away, the new one in; a kill between the two is undone by `recover`.
+    An equal version that is already there stays and `staged` is dropped, unless `keep_equal` is False: then it gives way
+    like another, in case its files are damaged. Another version gives way when `replace_other`: it is renamed away, the
+    new one in; a kill between the two is undone by `recover`.
 
     Raises:
         StoreError: the final name holds another version, or something that is no version.
@@ -210,17 +237,22 @@ def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
                 " move it away or choose another path"
             )
         present = read_manifest(final_dir)
-        if present.version == manifest.version:
+        is_equal = present.version == manifest.version
+        if is_equal and keep_equal:
             shutil.rmtree(staged)
             return present
-        if not replace_other:
+        if not is_equal and not replace_other:
             raise StoreError(
                 f"{final_dir} holds version {present.version}, the new one is {manifest.version};"
                 " remove it, choose another path, or ask for it to be replaced"
             )
         old = final_dir.parent / f".{final_dir.name}.old-{secrets.token_hex(4)}"
         final_dir.rename(old)
-        staged.rename(final_dir)
+        try:
+            staged.rename(final_dir)
+        except OSError:
+            old.rename(final_dir)
+            raise
         sync(final_dir.parent)
         shutil.rmtree(old)
     else:

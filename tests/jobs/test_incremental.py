@@ -17,6 +17,8 @@ from loopfm_ray.jobs.materialize import Scope, ShardEmbedder, materialize
 from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck, calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.store.manifest import read_manifest, verify
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.rows import read_rows
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import MICROS_PER_DAY, TimeRange
 from tests.oracles.worlds import tree_bytes
@@ -31,8 +33,8 @@ def serial(monkeypatch):
 
     def run(task, todo, num_workers, progress):
         worker = ShardEmbedder(task)
-        for period, bucket in todo:
-            worker({"period": period, "bucket": bucket})
+        for row in todo:
+            worker(row)
 
     monkeypatch.setattr(job, "_run", run)
 
@@ -169,7 +171,7 @@ def test_a_backfill_redoes_its_range_and_refuses_changes_outside(base, tmp_path)
 def test_expired_periods_are_left_out_and_the_rest_is_taken_over(base, tmp_path):
     log = base[2]
     make(base, tmp_path, all_rows(log), tmp_path / "step")
-    scope = Scope(retention_us=20 * MICROS_PER_DAY)
+    scope = Scope(keep_us=20 * MICROS_PER_DAY)
     stepped = make(base, tmp_path, all_rows(log), tmp_path / "step", scope)
     full = make(base, tmp_path, all_rows(log), tmp_path / "full", scope)
     assert stepped.version == full.version
@@ -178,5 +180,9 @@ def test_expired_periods_are_left_out_and_the_rest_is_taken_over(base, tmp_path)
     last = int(base[2].column("ts").to_numpy().max())
     period_us = read_manifest(tmp_path / "prepared-0").meta["period_us"]
     for path in (tmp_path / "step").rglob("bucket=*.parquet"):
-        times = pq.read_table(path, partitioning=None).column("event_ts").to_numpy()
+        times = (
+            read_rows(path, LatentsReader(tmp_path / "step").spec, ["event_ts"])
+            .column("event_ts")
+            .to_numpy()
+        )
         assert times.min() > last - 20 * MICROS_PER_DAY - period_us

@@ -338,7 +338,7 @@ def test_latents_written_through_a_scratch_folder_lie_on_s3_and_are_taken_over(s
     assert later.begin(worlds.SHARDS) is None
     previous = later.previous()
     for place in worlds.SHARDS:
-        later.take_over(previous, *place)
+        later.take_over(previous, [place])
     second = later.finish(worlds.SHARDS, watermark_ts=4000, replace_other=True)
     assert second.record["num_reused"] == len(worlds.SHARDS)
     assert second.files == manifest.files

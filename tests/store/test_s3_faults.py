@@ -10,10 +10,10 @@ from loopfm_ray.store import remote
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Remote
 from loopfm_ray.store.manifest import commit, read_manifest, stage, verify
-from loopfm_ray.store.offline import LatentsWriter
-from loopfm_ray.store.publish import open_current, publish
+from loopfm_ray.store.publish import publish
 from loopfm_ray.store.s3 import S3Folder, connect
 from loopfm_ray.store.tables import read_parquet, write_parquet
+from loopfm_ray.store.target import open_current
 from tests.oracles import worlds
 from tests.store.faulty_s3 import AFTER, BEFORE, FAULTS, FaultyS3, no_faults, random_faults
 
@@ -157,16 +157,7 @@ def test_reading_through_the_cache_under_random_faults_gives_the_bytes(
 
 
 def writer_at(place, scratch, inputs="p"):
-    return LatentsWriter(
-        final_dir=place,
-        snapshot_id="snap",
-        trained_until_ts=worlds.TRAINED_UNTIL_TS,
-        spec=worlds.SPEC,
-        delay_us=10,
-        waits_for_label=True,
-        inputs={"prepared": inputs},
-        scratch=scratch,
-    )
+    return worlds.make_writer(place, inputs={"prepared": inputs}, scratch=scratch)
 
 
 def materialize(writer, examples, reuse=()):
@@ -176,7 +167,7 @@ def materialize(writer, examples, reuse=()):
     for period, bucket in worlds.SHARDS:
         if writer.completed(period, bucket) is None:
             if previous is not None and (period, bucket) in reuse:
-                writer.take_over(previous, period, bucket)
+                writer.take_over(previous, [(period, bucket)])
             else:
                 worlds.write_shard(writer, examples, period, bucket)
     return writer.finish(worlds.SHARDS, watermark_ts=4000, replace_other=True)
@@ -199,11 +190,12 @@ def test_materialize_and_publish_under_random_faults_end_in_the_same_bytes(
     faulty.schedule = no_faults
     manifest = read_manifest(place)
     assert manifest.files == local.files
-    assert manifest.version == version
+    assert manifest.content == version
     verify(place)
     assert not list(scratch.iterdir())
     publish(tmp_path / "latents", worlds.user_keys(), tmp_path / "online-local")
-    there, here = open_current(online), open_current(tmp_path / "online-local")
+    space = manifest.meta["space"]
+    there, here = open_current(online, space), open_current(tmp_path / "online-local", space)
     for mine, other in zip(
         there.get_many(worlds.user_keys()), here.get_many(worlds.user_keys()), strict=True
     ):
