@@ -19,6 +19,7 @@ from loopfm_ray.errors import LeakError, StoreError
 from loopfm_ray.history.checks import Bucket, Rules, check_request, given_entries
 from loopfm_ray.history.evidence import Origin, read_entries, read_origin, read_stored
 from loopfm_ray.history.staleness import StalenessSketch
+from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.reader import LatentsReader
@@ -98,11 +99,19 @@ class _Margins:
 class _Versions(NamedTuple):
     """The versions that are compared."""
 
-    joined: Path
-    manifest: Manifest
+    joined: Version
     latents: LatentsReader
-    prepared: Path
-    origin: Manifest
+    prepared: Version
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the joined version."""
+        return self.joined.manifest
+
+    @property
+    def origin(self) -> Manifest:
+        """Of the prepared version."""
+        return self.prepared.manifest
 
     @property
     def range_ts(self) -> tuple[int, int]:
@@ -120,10 +129,10 @@ class _Versions(NamedTuple):
 
 
 def audit(
-    joined: Path,
+    joined: Location,
     latents: Location,
-    prepared: Path,
-    snapshot: Path | None = None,
+    prepared: Location,
+    snapshot: Location | None = None,
     *,
     sample: int | None = 10_000,
     seed: int = 0,
@@ -131,10 +140,10 @@ def audit(
     """Check requests of the joined version against the versions it was made from.
 
     Args:
-        joined: directory of the joined version.
-        latents: the latents version it names as its input, local or on S3.
-        prepared: directory of the prepared version it names as its input: the origin of everything else.
-        snapshot: directory of the snapshot, which knows until when it was trained; None believes the latents version.
+        joined: the joined version, local or on S3 as all that follow.
+        latents: the latents version it names as its input.
+        prepared: the prepared version it names as its input: the origin of everything else.
+        snapshot: the snapshot, which knows until when it was trained; None believes the latents version.
         sample: how many requests to check, drawn by `seed`; None checks all.
         seed: of the draw.
 
@@ -167,21 +176,17 @@ def audit(
     return AuditReport(num_checked, num_leaks, shown, margins.num, margins.quantiles())
 
 
-def _open(joined: Path, latents: Location, prepared: Path) -> _Versions:
-    manifest, reader, origin = (
-        read_manifest(joined),
-        LatentsReader(latents),
-        read_manifest(prepared),
-    )
-    places = {"latents": (latents, reader.manifest), "prepared": (prepared, origin)}
+def _open(joined: Location, latents: Location, prepared: Location) -> _Versions:
+    found, reader, origin = open_version(joined), LatentsReader(latents), open_version(prepared)
+    places = {"latents": (latents, reader.manifest), "prepared": (prepared, origin.manifest)}
     for name, (place, other) in places.items():
-        expected = manifest.inputs.get(name)
+        expected = found.manifest.inputs.get(name)
         if other.content != expected:
             raise StoreError(
                 f"{joined} was made from {name} {expected}, found {other.content} at {place};"
                 " give the version it was made from"
             )
-    return _Versions(joined, manifest, reader, prepared, origin)
+    return _Versions(found, reader, origin)
 
 
 def _rules(versions: _Versions) -> Rules:
@@ -196,7 +201,7 @@ def _rules(versions: _Versions) -> Rules:
     )
 
 
-def _check_versions(versions: _Versions, snapshot: Path | None) -> Iterator[str]:
+def _check_versions(versions: _Versions, snapshot: Location | None) -> Iterator[str]:
     """Check what the versions say of each other."""
     own, meta = versions.manifest.meta, versions.latents.manifest.meta
     for name in _INHERITED:
@@ -277,10 +282,10 @@ def _read_requests(
     requests: list[dict[str, Any]] = []
     ids: list[int] = []
     for number, (path, size) in enumerate(files):
-        table = read_parquet(versions.joined / path)
+        table = read_parquet(versions.joined.path(path))
         if table.num_rows != size:
             raise StoreError(
-                f"{versions.joined / path} has {table.num_rows} rows, its manifest says {size}; join again"
+                f"{path} of {versions.joined.location} has {table.num_rows} rows, its manifest says {size}; join again"
             )
         ids += table.column("example_id").to_pylist()
         kept = table if rows is None else table.take(pa.array(rows[number], pa.int64()))
@@ -294,7 +299,7 @@ def _read_bucket(versions: _Versions, bucket: int, requests: list[dict[str, Any]
     entries, num_rows = read_entries(versions.joined, bucket, slices)
     users = {row["user"] for row in requests} | {entry.user for entry in entries.values()}
     wanted = ({row["example_id"] for row in requests}, versions.range_ts)
-    origin = read_origin(versions.prepared, versions.origin, bucket, users, wanted)
+    origin = read_origin(versions.prepared, bucket, users, wanted)
     return Bucket(origin, read_stored(versions.latents, bucket, users), entries, num_rows)
 
 

@@ -25,6 +25,7 @@ from loopfm_ray.history.spill import Answers, Spill
 from loopfm_ray.history.staleness import StalenessSketch
 from loopfm_ray.history.table import HistoryTable
 from loopfm_ray.history.times import visible_from
+from loopfm_ray.store.cache import VersionFile
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import disk_errors
 from loopfm_ray.store.offline import LatentsReader, latents_schema
@@ -71,10 +72,10 @@ class JoinSettings:
 
 @dataclass(frozen=True)
 class JoinTask:
-    """What `join_bucket` needs to know; `examples` are `(period, file)` of the bucket."""
+    """What `join_bucket` needs to know; `examples` are `(period, file)` of the bucket, local or of a version."""
 
     bucket: int
-    examples: tuple[tuple[int, Path], ...]
+    examples: tuple[tuple[int, Path | VersionFile], ...]
     latents: Location
     out_dir: Path
     time_range: TimeRange
@@ -225,8 +226,8 @@ class _BucketJoin:
             )
         self._history.write(task.out_dir / "history" / f"bucket={task.bucket:03d}.arrow")
         folder = task.out_dir / "requests" / f"bucket={task.bucket:03d}"
-        for period, path in task.examples:
-            write_parquet_pieces(self._answered(path), folder / f"period={period:04d}.parquet")
+        for period, file in task.examples:
+            write_parquet_pieces(self._answered(file), folder / f"period={period:04d}.parquet")
         return replace(stats, num_history_rows=self._history.num_rows)
 
     def _read_rows(self, columns: Sequence[str]) -> Iterator[Table]:
@@ -245,24 +246,27 @@ class _BucketJoin:
         """Yield the keys of all requests, by period, and their positions in that order."""
         position = 0
         keys = [name for name in _REQUESTS.names if name != "position"]
-        for _, path in self._task.examples:
-            for table in self._read_examples(path, keys):
+        for _, file in self._task.examples:
+            for table in self._read_examples(file, keys):
                 numbers = pa.array(np.arange(position, position + table.num_rows))
                 position += table.num_rows
                 numbered = table.select(keys).append_column("position", numbers)
                 yield numbered.cast(_REQUESTS).select(list(columns))
 
-    def _read_examples(self, path: Path, columns: Sequence[str] | None) -> Iterator[Table]:
+    def _read_examples(
+        self, file: Path | VersionFile, columns: Sequence[str] | None
+    ) -> Iterator[Table]:
         """Yield the examples of one file whose time lies in the range."""
         time_range = self._task.time_range
+        path = file.path if isinstance(file, VersionFile) else file
         for table in iter_parquet(path, columns, self._place[1]):
             (event_ts,) = _numpy(table, "event_ts")
             chosen = (event_ts >= time_range.start_ts) & (event_ts < time_range.stop_ts)
             yield _filter(table, chosen)
 
-    def _answered(self, path: Path) -> Iterator[Table]:
+    def _answered(self, file: Path | VersionFile) -> Iterator[Table]:
         """Yield the requests of one file with their answers; files must be asked for in order."""
-        for table in self._read_examples(path, None):
+        for table in self._read_examples(file, None):
             if not table.num_rows:
                 continue
             stop = self._num_written + table.num_rows

@@ -5,7 +5,6 @@ predictions, and is itself checked against the origin. Only rows of the users th
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from loopfm_ray.store.manifest import Manifest
+from loopfm_ray.store.cache import Version
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.tables import map_ipc, read_parquet
 
@@ -89,13 +88,13 @@ def read_stored(reader: LatentsReader, bucket: int, users: Iterable[int]) -> dic
 
 
 def read_entries(
-    joined: Path, bucket: int, slices: Sequence[tuple[int, int]]
+    joined: Version, bucket: int, slices: Sequence[tuple[int, int]]
 ) -> tuple[dict[int, Entry], int]:
     """Return the entries that slices `(start, length)` of the history table name, by row, and the rows of the table.
 
     Rows outside of the table are left out.
     """
-    table = map_ipc(joined / "history" / f"bucket={bucket:03d}.arrow")
+    table = map_ipc(joined.path(f"history/bucket={bucket:03d}.arrow"))
     rows = {
         row
         for start, length in slices
@@ -108,8 +107,7 @@ def read_entries(
 
 
 def read_origin(
-    prepared: Path,
-    manifest: Manifest,
+    prepared: Version,
     bucket: int,
     users: Iterable[int],
     wanted: tuple[set[int], tuple[int, int]],
@@ -117,8 +115,7 @@ def read_origin(
     """Return what the prepared version says of these users.
 
     Args:
-        prepared: directory of the version.
-        manifest: of the version.
+        prepared: the version.
         bucket: the bucket of the users.
         users: their ids.
         wanted: example ids of the requests whose whole rows are needed, and the half-open time range of all requests.
@@ -128,10 +125,11 @@ def read_origin(
     facts: dict[int, Fact] = {}
     requests: dict[int, dict[str, Any]] = {}
     all_ids: list[int] = []
+    manifest = prepared.manifest
     for entry in manifest.files:
         if not entry.path.startswith(f"examples/bucket={bucket:03d}/"):
             continue
-        table = read_parquet(prepared / entry.path)
+        table = read_parquet(prepared.path(entry.path))
         event_ts = table.column("event_ts").to_numpy()
         in_range = pa.array((event_ts >= start_ts) & (event_ts < stop_ts))
         all_ids += table.column("example_id").filter(in_range).to_pylist()
@@ -161,13 +159,13 @@ def read_origin(
 
 
 def _read_raw(
-    prepared: Path, bucket: int, users: list[int], facts: dict[int, Fact], is_waiting: bool
+    prepared: Version, bucket: int, users: list[int], facts: dict[int, Fact], is_waiting: bool
 ) -> tuple[list[int], dict[int, str]]:
     """Return the example ids of the events table and the faults of the users' rows in it."""
-    path = prepared / "events" / f"bucket={bucket:03d}.arrow"
-    if not path.exists():
+    name = f"events/bucket={bucket:03d}.arrow"
+    if name not in prepared:
         return [], {}
-    table = map_ipc(path)
+    table = map_ipc(prepared.path(name))
     faults = {}
     for row in _of_users(table, users).to_pylist():
         fact = facts.get(row["example_id"])
@@ -184,14 +182,14 @@ def _read_raw(
     return table.column("example_id").to_pylist(), faults
 
 
-def _item_values(prepared: Path, requests: dict[int, dict[str, Any]]) -> dict[str, list[int]]:
+def _item_values(prepared: Version, requests: dict[int, dict[str, Any]]) -> dict[str, list[int]]:
     """Return the value of each item for the fields of the item table that the requests count."""
     columns = next(iter(requests.values()), {})
     fields = [name.removeprefix("past_count_") for name in columns if "past_count_" in name]
     of_table = [name for name in fields if name not in ("item", "user")]
     if not of_table:
         return {}
-    table = pq.read_table(prepared / "items.parquet", columns=of_table)
+    table = pq.read_table(prepared.path("items.parquet"), columns=of_table)
     return {name: table.column(name).to_pylist() for name in of_table}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from loopfm_ray.config import Config
 from loopfm_ray.history.staleness import StalenessSketch
-from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.cache import Version, open_version
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.tables import map_ipc, read_parquet
 from loopfm_ray.types import MICROS_PER_S
 
@@ -107,22 +107,22 @@ def measure(parts: Iterable[tuple[int, NDArray[np.int64]]], ages_s: tuple[float,
     )
 
 
-def freshness(joined: Path, config: FreshnessConfig) -> Freshness:
+def freshness(joined: Location, config: FreshnessConfig) -> Freshness:
     """Return the freshness of the joined version at `joined`, from its files, one at a time.
 
     Raises:
         StoreError: it can not be read.
     """
-    return measure(_ages(joined), config.ages_s)
+    return measure(_ages(open_version(joined)), config.ages_s)
 
 
-def _ages(joined: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    for entry in read_manifest(joined).files:
+def _ages(joined: Version) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    for entry in joined.manifest.files:
         if not entry.path.startswith("requests/"):
             continue
         bucket = entry.path.split("/")[1]
-        event_ts = map_ipc(joined / "history" / f"{bucket}.arrow").column("event_ts").to_numpy()
-        table = read_parquet(joined / entry.path, ["event_ts", "latent_start", "latent_len"])
+        event_ts = map_ipc(joined.path(f"history/{bucket}.arrow")).column("event_ts").to_numpy()
+        table = read_parquet(joined.path(entry.path), ["event_ts", "latent_start", "latent_len"])
         request_ts, start, length = (table.column(n).to_numpy() for n in table.column_names)
         has = length > 0
         yield len(request_ts), request_ts[has] - event_ts[start[has] + length[has] - 1]

@@ -20,6 +20,7 @@ from loopfm_ray.history.bucket import (
     join_bucket,
     merge_stats,
 )
+from loopfm_ray.store.cache import VersionFile, open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage
 from loopfm_ray.store.space import Space
@@ -40,7 +41,11 @@ _EXAMPLES = re.compile(r"examples/bucket=(\d+)/period=(\d+)\.parquet")
 
 
 def plan_join(
-    prepared: Path, latents: Location, out_dir: Path, time_range: TimeRange, settings: JoinSettings
+    prepared: Location,
+    latents: Location,
+    out_dir: Path,
+    time_range: TimeRange,
+    settings: JoinSettings,
 ) -> list[JoinTask]:
     """Return one task per bucket of the prepared version that has examples in `time_range`.
 
@@ -48,7 +53,8 @@ def plan_join(
         LeakError: the range begins before the snapshot may embed.
         StoreError: there are no examples in the range, or the latents stop before its end.
     """
-    manifest = read_manifest(prepared)
+    version = open_version(prepared)
+    manifest = version.manifest
     meta = read_manifest(latents).meta
     if time_range.start_ts <= meta["trained_until_ts"]:
         raise LeakError(
@@ -56,7 +62,7 @@ def plan_join(
             f" (until {meta['trained_until_ts']}); start the requests later or use an earlier snapshot"
         )
     origin_ts, period_us = manifest.meta["period_origin_ts"], manifest.meta["period_us"]
-    files: dict[int, list[tuple[int, Path]]] = {}
+    files: dict[int, list[tuple[int, VersionFile]]] = {}
     for entry in manifest.files:
         match = _EXAMPLES.fullmatch(entry.path)
         if match is None:
@@ -64,21 +70,25 @@ def plan_join(
         bucket, period = int(match[1]), int(match[2])
         begin = origin_ts + period * period_us
         if begin < time_range.stop_ts and begin + period_us > time_range.start_ts:
-            files.setdefault(bucket, []).append((period, prepared / entry.path))
+            files.setdefault(bucket, []).append((period, VersionFile(version, entry.path)))
     if not files:
         raise StoreError(
             f"{prepared} has no examples from {time_range.start_ts} to {time_range.stop_ts}; check data.split"
         )
     return [
-        JoinTask(bucket, tuple(sorted(files[bucket])), latents, out_dir, time_range, settings)
-        for bucket in sorted(files)
+        JoinTask(bucket, _by_period(found), latents, out_dir, time_range, settings)
+        for bucket, found in sorted(files.items())
     ]
 
 
+def _by_period(files: list[tuple[int, VersionFile]]) -> tuple[tuple[int, VersionFile], ...]:
+    return tuple(sorted(files, key=lambda item: item[0]))
+
+
 def write_joined(
-    prepared: Path,
+    prepared: Location,
     latents: Location,
-    final_dir: Path,
+    final_dir: Location,
     time_range: TimeRange,
     settings: JoinSettings,
     *,

@@ -6,7 +6,7 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.store.compact import compact
-from loopfm_ray.store.manifest import MANIFEST
+from loopfm_ray.store.manifest import find_manifest
 from loopfm_ray.store.sizes import measure_sizes
 
 __all__ = ["compact_latents"]
@@ -21,7 +21,7 @@ def compact_latents(config: PipelineConfig, progress: Progress = silent) -> dict
     result: dict[str, Any] = {}
     for done, seed in enumerate(config.seeds):
         path = config.paths.latents(seed)
-        if not (path / MANIFEST).is_file():
+        if find_manifest(path) is None:
             raise StoreError(
                 f"{path} is not there; run `loopfm materialize` with the same config first"
             )

@@ -13,7 +13,7 @@ from loopfm_ray.history.freshness import (
     freshness,
     published,
 )
-from loopfm_ray.store.manifest import MANIFEST, read_manifest
+from loopfm_ray.store.manifest import find_manifest, read_manifest
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.target import is_redis, live_spaces
 
@@ -27,7 +27,7 @@ def joined_freshness(config: PipelineConfig, seed: int) -> dict[str, Any]:  # An
         StoreError: it is not there.
     """
     path = config.paths.joined(seed)
-    if not (path / MANIFEST).is_file():
+    if find_manifest(path) is None:
         raise StoreError(f"{path} is not there; run `loopfm join` with the same config first")
     found = freshness(path, config.freshness)
     return {**found.to_tree(), "alarms": list(decide(found, config.freshness))}

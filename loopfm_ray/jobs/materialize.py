@@ -19,8 +19,8 @@ from loopfm_ray.data.examples import ExampleFile, Rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import format_ts
 from loopfm_ray.errors import ConfigError, JobError, StoreError
-from loopfm_ray.jobs.mapping import Progress, silent, unwrap
-from loopfm_ray.store.filesystem import Location
+from loopfm_ray.jobs.mapping import Progress, on_this_node, silent, unwrap
+from loopfm_ray.store.filesystem import Location, absolute, is_remote
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.offline import LatentsWriter, Previous
 from loopfm_ray.store.shards import Place, kept_from, shard_path
@@ -51,12 +51,14 @@ class Scope:
         keep_us: periods wholly older than this before the last event are left out; None keeps all.
         is_fresh: whether everything is made again, also what did not change.
         scratch: where shards wait for the upload when the version is to lie on S3.
+        is_scratch_shared: whether workers on all machines have `scratch`; else all run on this one.
     """
 
     redo: TimeRange | None = None
     keep_us: int | None = None
     is_fresh: bool = False
     scratch: Path | None = None
+    is_scratch_shared: bool = False
 
     @property
     def attempt(self) -> str:
@@ -70,13 +72,15 @@ class Scope:
 class MaterializeTask:
     """What every worker needs to write shards."""
 
-    prepared: Path
-    snapshot: Path
+    prepared: Location
+    snapshot: Location
     time_range: TimeRange
     writer: LatentsWriter
     batch_rows: int = 1024
     redo: TimeRange | None = None
     """Only shards of this time are made again, the others must be taken over; None makes again what changed."""
+    is_here: bool = False
+    """Whether shards wait on the disk of this machine, so that all workers have to run on it."""
     is_fresh: bool = False
     """Whether no shard is taken over."""
 
@@ -226,8 +230,8 @@ class ShardEmbedder:
 
 
 def materialize(
-    prepared: Path,
-    snapshot_dir: Path,
+    prepared: Location,
+    snapshot_dir: Location,
     out_dir: Location,
     *,
     delay_us: int,
@@ -242,9 +246,9 @@ def materialize(
     later than the watermark of the version before (`num_late_events`).
 
     Args:
-        prepared: the prepared version.
+        prepared: the prepared version, a directory or an `s3://` address as the next two.
         snapshot_dir: the snapshot.
-        out_dir: a directory or an `s3://` address.
+        out_dir: the version to write.
         delay_us: from an event to its readers.
         num_workers: processes.
         progress: told of each shard.
@@ -261,7 +265,7 @@ def materialize(
     if scope.redo:
         _check_redo(scope.redo, files)
     writer = LatentsWriter(
-        final_dir=out_dir.absolute() if isinstance(out_dir, Path) else out_dir,
+        final_dir=absolute(out_dir),
         snapshot_id=snapshot.snapshot_id,
         trained_until_ts=snapshot.spec.trained_until_ts,
         spec=snapshot.spec.code_spec,
@@ -274,11 +278,12 @@ def materialize(
         period_origin_ts=data.manifest.meta["period_origin_ts"],
     )
     task = MaterializeTask(
-        prepared.absolute(),
-        snapshot_dir.absolute(),
+        absolute(prepared),
+        absolute(snapshot_dir),
         embedded,
         writer,
         redo=scope.redo,
+        is_here=is_remote(out_dir) and not scope.is_scratch_shared,
         is_fresh=scope.is_fresh,
     )
     shards = [(file.period, file.bucket) for file in files]
@@ -337,6 +342,7 @@ def _run(
         fn_constructor_args=(task,),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
+        **(on_this_node() if task.is_here else {}),
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

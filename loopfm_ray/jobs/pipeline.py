@@ -23,11 +23,14 @@ from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
 from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.filesystem import Location, is_remote
 from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.s3 import check_access
 from loopfm_ray.store.sizes import measure_sizes, online_event_bytes
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.store.target import is_redis
+from loopfm_ray.train.curves import read_curves
 from loopfm_ray.types import TimeRange
 
 __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
@@ -79,8 +82,10 @@ def run_stages(
 
 
 def _begin(config: PipelineConfig, progress: Progress, fresh: bool) -> Context:
-    """Make the run folder and write the resolved config into it."""
+    """Make sure that the store is there, make the run folder and write the resolved config into it."""
     paths = config.paths
+    if is_remote(paths.versions):
+        check_access(str(paths.versions))
     try:
         paths.records.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,13 +135,13 @@ def _finish(context: Context) -> dict[str, Any]:
     config, paths = context.config, context.config.paths
     context.progress("report", 0, 1)
     started = time.perf_counter()
+    records = {name: _need(context, name) for name in _ALL}
     curves = _curves(config)
     lines = [
         json.dumps({key: curve[key] for key in ("run", "seed", "step", "split", "name", "value")})
         for curve in curves
     ]
     _write(paths.metrics, "\n".join(lines) + "\n")
-    records = {name: _need(context, name) for name in _ALL}
     summary = _summary(config, records, curves)
     build_report(summary, paths.report)
     summary["seconds"]["report"] = time.perf_counter() - started
@@ -204,25 +209,14 @@ def _summary(
 
 
 def _curves(config: PipelineConfig) -> list[dict[str, Any]]:
-    """Return the learning curves of all models; of a step that was repeated after a resume, the last value."""
-    curves: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """Return the learning curves of all models."""
+    curves = []
     for seed in config.seeds:
-        for run in (MODEL_FM, *config.vms):
-            path = config.paths.seed(seed) / "curves" / f"{run}.jsonl"
-            if not path.is_file():
-                raise StoreError(
-                    f"{path} is not there; run `loopfm train-fm` and `loopfm train-vm` first"
-                )
-            for line in path.read_text(encoding="utf-8").splitlines():
-                point = json.loads(line)
-                curve = {
-                    "run": run,
-                    "seed": seed,
-                    **{k: point[k] for k in ("split", "name", "step", "value")},
-                }
-                curves[run, seed, point["split"], point["name"], point["step"]] = curve
+        models = {name: config.paths.vm(seed, name) for name in config.vms}
+        for run, location in {MODEL_FM: config.paths.fm(seed), **models}.items():
+            curves += [{"run": run, "seed": seed, **point} for point in read_curves(location)]
     return sorted(
-        curves.values(),
+        curves,
         key=lambda item: (item["run"], item["seed"], item["split"], item["name"], item["step"]),
     )
 
@@ -230,7 +224,7 @@ def _curves(config: PipelineConfig) -> list[dict[str, Any]]:
 def _manifest(config: PipelineConfig, summary: dict[str, Any]) -> dict[str, Any]:
     """Return what was run, on which machine, from and to which versions."""
     paths = config.paths
-    versions = {"prepared": paths.prepared, "bundle": paths.bundle}
+    versions: dict[str, Location] = {"prepared": paths.prepared, "bundle": paths.bundle}
     for seed in config.seeds:
         versions |= {
             f"seed={seed}/{name}": path for name, path in _seed_versions(config, seed).items()
@@ -252,7 +246,7 @@ def _manifest(config: PipelineConfig, summary: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Path]:
+def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Location]:
     paths = config.paths
     vms = {f"vm/{name}": paths.vm(seed, name) for name in config.vms}
     return {

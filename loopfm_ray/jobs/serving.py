@@ -17,6 +17,7 @@ from ray.serve import Application
 from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.serving.api import Scorer, create_api
+from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, locate
 
 __all__ = [
     "APP_NAME",
@@ -39,7 +40,11 @@ class ServeConfig(Config):
     """Which bundle is served, with which online store, and how much it takes on."""
 
     bundle: str
-    """Folder of the VM bundle."""
+    """Folder or `s3://` address of the VM bundle."""
+    cache_dir: str = CACHE_DIR
+    """Folder for what is read from S3."""
+    cache_bytes: PositiveInt = CACHE_BYTES
+    """What that folder may hold before versions that nobody reads are removed."""
     online: str | None = None
     """Directory or `redis://` address of the online store; none for a VM without history."""
     host: str = "127.0.0.1"
@@ -61,6 +66,11 @@ class ServeConfig(Config):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level of the package's log records."""
 
+    @property
+    def location(self) -> Location:
+        """Where the bundle lies."""
+        return locate(self.bundle, self.cache_dir, self.cache_bytes)
+
 
 Loader = Callable[[ServeConfig], Scorer]
 
@@ -77,7 +87,7 @@ def load(config: ServeConfig) -> Scorer:
     from loopfm_ray.serving.predictor import load_predictor
 
     torch.set_num_threads(1)
-    return load_predictor(config.bundle, config.online, config.history_timeout_s)
+    return load_predictor(config.location, config.online, config.history_timeout_s)
 
 
 def build_app(config: ServeConfig, loader: Loader = load) -> Application:

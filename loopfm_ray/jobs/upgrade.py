@@ -18,7 +18,8 @@ from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.serving.bundle import HistoryPin, load_bundle
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.coverage import Coverage, compare_coverage
-from loopfm_ray.store.manifest import MANIFEST, Manifest, read_manifest
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, find_manifest, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import write_atomically
@@ -126,7 +127,7 @@ def publish_beside(config: PipelineConfig, served: HistoryPin) -> Coverage:
     """
     latents, target = config.paths.latents(config.seeds[0]), config.online_target
     keys = PreparedData.open(config.paths.prepared).users.keys
-    publish(str(latents), keys, target, config.online.max_events_per_user)
+    publish(latents, keys, target, config.online.max_events_per_user)
     space = Space.of_meta(read_manifest(latents).meta)
     stores = [open_current(target, item.id, timeout_s=60.0) for item in (served.space, space)]
     try:
@@ -141,18 +142,22 @@ def publish_beside(config: PipelineConfig, served: HistoryPin) -> Coverage:
 
 def _scope(config: PipelineConfig, seed: int, space: Space) -> Scope:
     """Return what to embed: the window of serving, or all of it where training has put more there already."""
-    path = config.paths.latents(seed)
-    if (path / MANIFEST).is_file() and Space.of_meta(read_manifest(path).meta) == space:
-        return Scope()
-    return Scope(keep_us=config.history.retention_us)
+    found = find_manifest(config.paths.latents(seed))
+    is_there = found is not None and Space.of_meta(found.meta) == space
+    return Scope(
+        keep_us=None if is_there else config.history.retention_us,
+        scratch=config.scratch(seed),
+        is_scratch_shared=config.scratch_dir is not None,
+    )
 
 
-def _needed(path: Path, stage: str) -> Manifest:
-    if not (path / MANIFEST).is_file():
+def _needed(location: Location, stage: str) -> Manifest:
+    manifest = find_manifest(location)
+    if manifest is None:
         raise StoreError(
-            f"{path} is not there; run `loopfm {stage}` with the new run's config first"
+            f"{location} is not there; run `loopfm {stage}` with the new run's config first"
         )
-    return read_manifest(path)
+    return manifest
 
 
 def _write(path: Path, text: str) -> None:

@@ -27,8 +27,10 @@ from loopfm_ray.data.vocabulary import Vocabulary
 from loopfm_ray.errors import BundleError, ConfigError, LoopFMError
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
+from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
-from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, commit, stage, verify
 from loopfm_ray.store.space import Space
 
 __all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle"]
@@ -139,16 +141,16 @@ class Bundle:
 
 
 def save_bundle(
-    path: Path,
+    location: Location,
     spec: BundleSpec,
     model: VerticalModel,
     prepared: PreparedData,
     inputs: Mapping[str, str],
 ) -> Manifest:
-    """Write a bundle as one version at `path`, replacing another one there.
+    """Write a bundle as one version at `location`, replacing another one there.
 
     Args:
-        path: final directory.
+        location: its final name, a directory or an `s3://` address.
         spec: what the VM is.
         model: trained weights; has to fit `spec`.
         prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
@@ -159,7 +161,7 @@ def save_bundle(
     """
     _check_weights(spec, model.state_dict())
     tree = spec_tree(spec)
-    with stage(path) as staged:
+    with stage(location) as staged:
         weights = {
             name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
         }
@@ -186,21 +188,22 @@ def save_bundle(
         )
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(location: Location) -> Bundle:
     """Load a bundle after checking every file against its checksum.
 
     Raises:
         BundleError: it is missing, damaged, of another format, or its parts do not fit together.
     """
-    path = Path(path)
     try:
-        verify(path)
-        manifest = read_manifest(path)
+        version = open_version(location)
+        manifest = version.manifest
         if manifest.kind != "bundle":
             raise BundleError(
-                f"{path} is a dataset version of kind {manifest.kind!r}, expected a bundle; give the folder that"
+                f"{location} is a dataset version of kind {manifest.kind!r}, expected a bundle; give the folder that"
                 " holds bundle.json"
             )
+        path = version.fetch()
+        verify(path)
         spec = read_spec(json.loads((path / _SPEC).read_text("utf-8")))
         weights = load_file(path / _WEIGHTS)
         sizes = _vocabulary_sizes(spec.schema)
@@ -218,9 +221,9 @@ def load_bundle(path: Path) -> Bundle:
         pa.ArrowException,
     ) as error:
         raise BundleError(
-            f"bundle {path} can not be loaded: {error}; export it again from its training run"
+            f"bundle {location} can not be loaded: {error}; export it again from its training run"
         ) from error
-    _check_sizes(path, vocabularies, sizes)
+    _check_sizes(location, vocabularies, sizes)
     model = _check_weights(spec, weights)
     model.eval()
     return Bundle(spec, manifest.version, model, vocabularies, items, users)
@@ -290,12 +293,12 @@ def _table_sides(schema: FeatureSchema) -> list[Side]:
 
 
 def _check_sizes(
-    path: Path, vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, int | None]
+    location: Location, vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, int | None]
 ) -> None:
     for name, size in sizes.items():
         if size is not None and len(vocabularies[name]) + 1 != size:
             raise BundleError(
-                f"bundle {path}: field {name!r} has {len(vocabularies[name]) + 1} ids in its vocabulary and {size} in"
+                f"bundle {location}: field {name!r} has {len(vocabularies[name]) + 1} ids in its vocabulary and {size} in"
                 " the schema; export it again"
             )
 

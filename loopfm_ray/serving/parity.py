@@ -9,7 +9,6 @@ import http.client
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,12 +17,14 @@ from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Collator, HistorySource, LatentHistorySource
 from loopfm_ray.data.examples import ExampleSet, Rows, concat_rows, iterate_rows
-from loopfm_ray.data.prepared import PreparedData, read_history
+from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.errors import BundleError, DataError, JobError
 from loopfm_ray.serving.bundle import Bundle, HistoryPin
 from loopfm_ray.serving.contract import MAX_ITEMS, ContextValue, ScoreQuery
 from loopfm_ray.serving.predictor import Predictor, score_probs
+from loopfm_ray.store.cache import open_version
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.types import TimeRange
 
@@ -128,7 +129,7 @@ def check_parity(
 def load_offline(
     bundle: Bundle,
     prepared: PreparedData,
-    joined: Path,
+    joined: Location,
     time_range: TimeRange | None = None,
     num_requests: int = 200,
     seed: int = 0,
@@ -233,11 +234,12 @@ def _post(connection: http.client.HTTPConnection, url: str, query: ScoreQuery) -
     return answer
 
 
-def _sources(bundle: Bundle, joined: Path, num_buckets: int) -> dict[str, HistorySource]:
+def _sources(bundle: Bundle, joined: Location, num_buckets: int) -> dict[str, HistorySource]:
     pin = bundle.spec.history
     if pin is None:
         return {}
-    found = HistoryPin.of_joined(read_manifest(joined))
+    version = open_version(joined, "joined")
+    found = HistoryPin.of_joined(version.manifest)
     difference = pin.space.difference(found.space)
     if (found.max_len, found.retention_us) != (pin.max_len, pin.retention_us):
         difference = difference or (
@@ -249,8 +251,7 @@ def _sources(bundle: Bundle, joined: Path, num_buckets: int) -> dict[str, Histor
             f"{joined} has not the history that the bundle was trained with: {difference}; give a joined version of the"
             " bundle's run"
         )
-    paths = {n: joined / "history" / f"bucket={n:03d}.arrow" for n in range(num_buckets)}
-    tables = {bucket: read_history(path) for bucket, path in paths.items() if path.exists()}
+    tables = read_histories(version, "history", range(num_buckets))
     return {"latent": LatentHistorySource(tables, pin.code_spec, pin.max_len)}
 
 

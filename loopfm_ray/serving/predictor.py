@@ -28,6 +28,7 @@ from loopfm_ray.serving.contract import (
     ScoreResponse,
 )
 from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_history
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.target import SpaceFollower
@@ -337,14 +338,14 @@ def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
 
 
 def load_predictor(
-    bundle: str | Path, online: str | Path | None = None, history_timeout_s: float = 0.05
+    bundle: Location, online: str | Path | None = None, history_timeout_s: float = 0.05
 ) -> Predictor:
     """Load the bundle at `bundle` and open the live version of its space in the online store at `online`.
 
     `reload` of the predictor follows what is published in that space later.
 
     Args:
-        bundle: folder of the bundle.
+        bundle: folder or `s3://` address of the bundle.
         online: a directory or `redis://` address; not opened for a VM without history.
         history_timeout_s: deadline of one look-up in a store behind a network.
 
@@ -352,7 +353,7 @@ def load_predictor(
         BundleError: the bundle is damaged, or the store is not of its space.
         StoreError: nothing is published at `online` in the space of the bundle.
     """
-    loaded = load_bundle(Path(bundle))
+    loaded = load_bundle(bundle)
     pin = loaded.spec.history
     if pin is None or online is None:
         return Predictor(loaded)

@@ -141,7 +141,7 @@ def _rewrite(location: Location, target_rows: int | None, retention_us: int | No
         written = [item for group in groups for item in _write(reader, group, staged)]
         write_shard_table(written, staged / SHARDS)
         manifest = _draft(reader, written, retention_us)
-        manifest = finish(staged, Path(location), manifest, replace_other=True)
+        manifest = finish(staged, Path(str(location)), manifest, replace_other=True)
     _log.info("latents %s: %s", manifest.version, manifest.record)
     return manifest
 

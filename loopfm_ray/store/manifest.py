@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loopfm_ray.errors import StoreError
-from loopfm_ray.store.filesystem import Location, is_remote
+from loopfm_ray.store.filesystem import Location, Remote, is_remote
 from loopfm_ray.store.format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -31,13 +31,14 @@ from loopfm_ray.store.format import (
     Manifest,
     digest,
     file_location,
+    find_manifest,
     manifest_text,
     read_manifest,
     verify,
     version_id,
 )
 from loopfm_ray.store.provenance import code_version
-from loopfm_ray.store.remote import claim_of, commit_folder, stage_remote
+from loopfm_ray.store.remote import claim_of, commit_folder, remove_remote, stage_remote
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,10 +50,12 @@ __all__ = [
     "disk_errors",
     "draft",
     "file_location",
+    "find_manifest",
     "finish",
     "install",
     "read_manifest",
     "recover",
+    "remove_version",
     "stage",
     "sync",
     "verify",
@@ -66,7 +69,7 @@ _KINDS = ("prepared", "snapshot", "latents", "joined", "vm", "bundle", "run", "o
 def stage(final_dir: Location) -> Iterator[Path]:
     """Give a fresh hidden directory beside `final_dir` to write a version into; end with `commit`.
 
-    For an `s3://` address the directory lies in the local temporary folder and `commit` uploads it. On an error the
+    For an `s3://` address the directory lies in the cache of this machine and `commit` uploads it. On an error the
     directory is removed. Leftovers of killed runs of the same name are cleared first. Only one process may stage a local
     name at a time; on S3 several may, and the first to commit wins.
 
@@ -74,10 +77,10 @@ def stage(final_dir: Location) -> Iterator[Path]:
         StoreError: the disk is full, or the object store can not be reached.
     """
     if is_remote(final_dir):
-        with stage_remote(str(final_dir), _staging_name) as staged:
+        with stage_remote(Remote.of(final_dir), _staging_name) as staged:
             yield staged
         return
-    final_dir = Path(final_dir)
+    final_dir = Path(str(final_dir))
     with disk_errors(final_dir.parent):
         final_dir.parent.mkdir(parents=True, exist_ok=True)
         recover(final_dir)
@@ -267,6 +270,22 @@ def recover(final_dir: Path) -> None:
             old.rename(final_dir)
     for leftover in final_dir.parent.glob(f".{final_dir.name}.tmp-*"):
         shutil.rmtree(leftover)
+
+
+def remove_version(location: Location) -> None:
+    """Remove the version at `location`, if there is one; readers see it whole or no more.
+
+    Raises:
+        StoreError: the object store does not answer, or the credentials may not delete.
+    """
+    if is_remote(location):
+        remove_remote(str(location))
+        return
+    final_dir = Path(str(location))
+    if final_dir.exists():
+        doomed = final_dir.parent / _staging_name(final_dir.name)
+        final_dir.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 @contextmanager

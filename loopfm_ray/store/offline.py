@@ -23,17 +23,16 @@ from loopfm_ray.history.order import time_order
 from loopfm_ray.store.codes import CodeSpec, encode
 from loopfm_ray.store.filesystem import Location, is_remote
 from loopfm_ray.store.manifest import (
-    MANIFEST,
     Manifest,
     code_version,
     draft,
     file_location,
+    find_manifest,
     finish,
-    read_manifest,
     recover,
 )
 from loopfm_ray.store.reader import LatentsReader
-from loopfm_ray.store.remote import claim, read_current, write_claim
+from loopfm_ray.store.remote import claim, write_claim
 from loopfm_ray.store.rows import (
     LATENTS_FORMAT,
     Rule,
@@ -152,7 +151,7 @@ class LatentsWriter:
         """The local folder that the work lies in, and the name of the version."""
         if self.scratch is not None and is_remote(self.final_dir):
             return self.scratch, str(self.final_dir).rstrip("/").rpartition("/")[2]
-        final = Path(self.final_dir)
+        final = Path(str(self.final_dir))
         return final.parent, final.name
 
     def begin(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
@@ -166,7 +165,7 @@ class LatentsWriter:
             is left to do.
         """
         if not is_remote(self.final_dir):
-            recover(Path(self.final_dir))
+            recover(Path(str(self.final_dir)))
         done = None if self.attempt else self._finished(shards)
         parent, name = self._place
         for folder in parent.glob(f".{name}.work-*"):
@@ -184,7 +183,7 @@ class LatentsWriter:
 
         They may if the same code embedded them with the same snapshot, code spec and delay.
         """
-        manifest = self._present()
+        manifest = find_manifest(self.final_dir)
         if manifest is None or manifest.kind != "latents":
             return None
         same = all(manifest.meta.get(name) == value for name, value in self._meta().items())
@@ -321,7 +320,7 @@ class LatentsWriter:
         )
         manifest = finish(
             self.work.data,
-            Path(self.final_dir),
+            Path(str(self.final_dir)),
             manifest,
             replace_other=replace_other,
             keep_equal=not self.attempt,
@@ -360,18 +359,9 @@ class LatentsWriter:
             num_late += max(found - (before.num_events if before else 0), 0)
         return {**record, "num_late_events": num_late, "previous": previous.manifest.version}
 
-    def _present(self) -> Manifest | None:
-        """Return the manifest of the version under the final name, None if there is none."""
-        if is_remote(self.final_dir):
-            current = read_current(str(self.final_dir))
-            return None if current is None else current[0]
-        if not (Path(self.final_dir) / MANIFEST).is_file():
-            return None
-        return read_manifest(self.final_dir)
-
     def _finished(self, shards: Sequence[tuple[int, int]]) -> Manifest | None:
         """Return the manifest under the final name if it has these shards of the same inputs, else None."""
-        manifest = self._present()
+        manifest = find_manifest(self.final_dir)
         if manifest is None:
             return None
         if manifest.config_hash != self.key or not is_listed(manifest):

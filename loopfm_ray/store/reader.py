@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from loopfm_ray.history.order import time_order
+from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.format import file_location, read_manifest
 from loopfm_ray.store.rows import iterate_rows, latents_schema, read_rows
 from loopfm_ray.store.shards import (
     SHARDS,
@@ -38,7 +38,8 @@ class LatentsReader:
             StoreError: there is none, or it is of another kind or format.
         """
         self.location = location
-        self.manifest = read_manifest(location)
+        self._version = open_version(location)
+        self.manifest = self._version.manifest
         check_latents(location, self.manifest)
         self.spec = CodeSpec.from_tree(self.manifest.meta["code_spec"])
         self.files = sorted(
@@ -79,7 +80,7 @@ class LatentsReader:
         for file in self.files:
             if file.bucket != bucket:
                 continue
-            place = file_location(self.location, self.manifest, file.path)
+            place = self._version.path(file.path)
             if sizes[file.path] <= batch_rows:
                 yield read_rows(place, self.spec, columns)
             else:
@@ -105,11 +106,9 @@ class LatentsReader:
         wanted = list(columns) if columns is not None else schema.names
         extra = {*SORT_KEYS, "is_event"} if events_only else {*SORT_KEYS}
         needed = [name for name in schema.names if name in {*wanted, *extra}]
-        parts = [
-            self._read(file, needed, periods)
-            for file in self.files
-            if file.bucket == bucket and _overlaps(file, periods)
-        ]
+        files = [file for file in self.files if file.bucket == bucket and _overlaps(file, periods)]
+        self._version.fetch(file.path for file in files)
+        parts = [self._read(file, needed, periods) for file in files]
         empty = pa.schema([schema.field(name) for name in needed]).empty_table()
         table = pa.concat_tables(parts) if parts else empty
         if events_only:
@@ -121,9 +120,7 @@ class LatentsReader:
 
     def _read(self, file: ShardFile, columns: list[str], periods: Sequence[int] | None) -> Table:
         """Return the rows of one file that lie in `periods`."""
-        table = read_rows(
-            file_location(self.location, self.manifest, file.path), self.spec, columns
-        )
+        table = read_rows(self._version.path(file.path), self.spec, columns)
         if periods is None or file.first == file.last:
             return table
         chosen = [

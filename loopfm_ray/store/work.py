@@ -127,4 +127,4 @@ def bring(source: Location, path: Path) -> None:
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        os.link(source, path)
+        os.link(str(source), path)

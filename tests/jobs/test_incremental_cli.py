@@ -42,7 +42,7 @@ def without_ray(monkeypatch):
 
     monkeypatch.setattr(job, "_run", run)
     monkeypatch.setattr(pipeline, "connect", lambda config: nullcontext())
-    monkeypatch.setattr(stages.Context, "mapper", lambda self, stage: serial)
+    monkeypatch.setattr(stages.Context, "mapper", lambda self, stage, **more: serial)
 
 
 class Run:
