@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from loopfm_ray.config import config_hash
 from loopfm_ray.errors import ConfigError, DataError, LeakError, ShapeError, StoreError
 from loopfm_ray.history.order import time_order
-from loopfm_ray.store.codes import CodeSpec, encode
+from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location, is_remote
 from loopfm_ray.store.manifest import (
     Manifest,
@@ -37,6 +37,7 @@ from loopfm_ray.store.rows import (
     LATENTS_FORMAT,
     Rule,
     latents_schema,
+    make_rows,
     read_rows,
     rows_columns,
     rows_sha256,
@@ -57,7 +58,6 @@ from loopfm_ray.store.shards import (
     write_shard_table,
 )
 from loopfm_ray.store.space import Space
-from loopfm_ray.store.tables import code_column
 from loopfm_ray.store.work import WorkFolder, bring
 
 __all__ = [
@@ -246,7 +246,8 @@ class LatentsWriter:
         self._check(rows, latents)
         order = time_order(rows["user"], rows["event_ts"], rows["example_id"])
         values = np.asarray(latents, dtype=np.float32)[order]
-        table = self._table({name: np.asarray(rows[name])[order] for name in rows}, values)
+        ordered = {name: np.asarray(rows[name])[order] for name in rows}
+        table = make_rows(ordered, values, self.spec, self._rule)
         path = shard_path(period, bucket)
         write_rows(table, self.work.file(path), self._rule)
         columns = rows_columns(table)
@@ -260,20 +261,6 @@ class LatentsWriter:
         )
         self.work.mark([stats])
         return stats
-
-    def _table(self, rows: Mapping[str, NDArray[Any]], latents: NDArray[np.float32]) -> Any:
-        """Return rows and latents, in the order of files, as a table of `latents_schema`."""
-        schema = latents_schema(self.spec)
-        columns = dict(rows)
-        label_ts = np.asarray(columns["label_ts"], dtype=np.int64)
-        columns["available_ts"] = self._rule.available(columns["event_ts"], label_ts)
-        arrays = [
-            code_column(encode(latents, self.spec))
-            if field.name == "code"
-            else pa.array(columns[field.name]).cast(field.type)
-            for field in schema
-        ]
-        return pa.Table.from_arrays(arrays, schema=schema)
 
     def finish(
         self,

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from loopfm_ray.errors import StoreError
 from loopfm_ray.history.times import available_from
-from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.codes import CodeSpec, encode
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.tables import (
     code_bytes,
+    code_column,
     iter_parquet,
     read_parquet,
     read_parquet_metadata,
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "iterate_rows",
     "latents_schema",
+    "make_rows",
     "read_rows",
     "rows_columns",
     "rows_sha256",
@@ -102,6 +104,30 @@ def latents_schema(spec: CodeSpec) -> Any:
             ("code", pa.binary(spec.num_bytes)),
         ]
     )
+
+
+def make_rows(
+    rows: Mapping[str, NDArray[Any]], latents: NDArray[np.float32], spec: CodeSpec, rule: Rule
+) -> Table:
+    """Return rows and their latents as a table of `latents_schema`.
+
+    Args:
+        rows: [N] every column but `available_ts` and `code`, in the order of files.
+        latents: [N, d].
+        spec: of the codes.
+        rule: gives `available_ts`.
+    """
+    schema = latents_schema(spec)
+    columns = dict(rows)
+    label_ts = np.asarray(columns["label_ts"], dtype=np.int64)
+    columns["available_ts"] = rule.available(columns["event_ts"], label_ts)
+    arrays = [
+        code_column(encode(latents, spec))
+        if field.name == "code"
+        else pa.array(columns[field.name]).cast(field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def write_rows(table: Table, path: Path, rule: Rule) -> None:
