@@ -347,9 +347,10 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:
     """Return the history that a VM was trained with: the lineage is its own, whatever was joined since."""
-    if trained.inputs["space"] != space.id:
+    found = trained.inputs.get("space", "(none, by older code)")
+    if found != space.id:
         raise StoreError(
-            f"the VM was trained in space {trained.inputs['space']}, the latents of the run are of {space.id}: another"
+            f"the VM was trained in space {found}, the latents of the run are of {space.id}: another"
             " snapshot or delay made them; run `loopfm join` and `loopfm train-vm` first"
         )
     joined = HistoryPin.of_joined(read_manifest(config.paths.joined(config.seeds[0])))
