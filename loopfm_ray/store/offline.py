@@ -138,8 +138,7 @@ class LatentsWriter:
             shards: all `(period, bucket)` of the version.
 
         Returns:
-            the manifest, if the version of these shards is already there and no `attempt` asks for it again; then nothing
-            is left to do.
+            the manifest, if the version of these shards is there and no `attempt` asks for it again.
         """
         if not is_remote(self.final_dir):
             recover(Path(self.final_dir))
@@ -297,12 +296,8 @@ class LatentsWriter:
             if begun is not None:
                 manifest = commit_folder(begun, staged, manifest, replace_other=replace_other)
             else:
-                manifest = install(
-                    staged,
-                    Path(self.final_dir),
-                    replace_other=replace_other,
-                    keep_equal=not self.attempt,
-                )
+                final, again = Path(self.final_dir), bool(self.attempt)
+                manifest = install(staged, final, replace_other=replace_other, keep_equal=not again)
         shutil.rmtree(self.work_dir)
         _log.info("latents %s: %s", manifest.version, record)
         return manifest
