@@ -161,8 +161,7 @@ class LatentsWriter:
             shards: all `(period, bucket)` of the version.
 
         Returns:
-            the manifest, if the version of these shards is already there and no `attempt` asks for it again; then nothing
-            is left to do.
+            the manifest, if the version of these shards is there and no `attempt` asks for it again.
         """
         if not is_remote(self.final_dir):
             recover(Path(str(self.final_dir)))

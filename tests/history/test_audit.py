@@ -17,7 +17,7 @@ from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.tables import code_bytes, code_column
 from loopfm_ray.types import TimeRange
-from tests.history import planting
+from tests.history import planted, planting
 from tests.oracles import logs, paths, worlds
 
 
@@ -39,20 +39,20 @@ def found():
     return set()
 
 
-@pytest.mark.parametrize("name", planting.PLANTS)
+@pytest.mark.parametrize("name", planted.PLANTS)
 def test_planted_leak_is_found(case, name, found):
-    message = planting.find(case, name)
-    assert re.search(planting.PLANTS[name][1], message), message
+    message = planted.find(case, name)
+    assert re.search(planted.PLANTS[name][1], message), message
     assert "do not train on this version" in message
     found.add(name)
 
 
 def test_all_planted_leaks_were_found(found, request):
     ran = [item.name for item in request.session.items if "test_planted_leak_is_found" in item.name]
-    if len(ran) < len(planting.PLANTS):
+    if len(ran) < len(planted.PLANTS):
         pytest.skip("runs with the rest of this file")
-    print(f"{len(found)} of {len(planting.PLANTS)} planted leaks found")  # noqa: T201
-    assert len(found) == len(planting.PLANTS) >= 20
+    print(f"{len(found)} of {len(planted.PLANTS)} planted leaks found")  # noqa: T201
+    assert len(found) == len(planted.PLANTS) >= 20
 
 
 def test_the_ways_to_plant_are_no_leaks_themselves(case):
