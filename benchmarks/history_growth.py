@@ -1,8 +1,8 @@
 """The on-disk path of the history join on a log of any length: split by bucket of users, then join bucket by bucket.
 
 The log comes in blocks, in time order, and is written as the shards of a "latents" version, one per block and bucket; then
-`history.join.join_bucket` does one bucket after another, as a worker would. A longer log has more blocks, but as many
-buckets, so they are larger; the block bounds the memory. Prints one JSON line with the peak RSS of the process.
+`history.join.join_bucket` does one bucket after another, as a worker would. A longer log has more blocks and the same number
+of buckets, so only the size of a join's block bounds its memory. Prints one JSON line with the peak RSS of the process while it joined.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from history_data import CASES, CODE_BYTES, SPAN_S, make_codes, make_events, mak
 
 from loopfm_ray.data.runs import runs
 from loopfm_ray.history.join import JoinSettings, JoinTask, join_bucket, merge_stats
-from loopfm_ray.history.order import time_order
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.offline import latents_schema, shard_path
@@ -31,9 +30,13 @@ Files = dict[int, list[tuple[int, Path]]]
 
 
 def make_block(
-    block: int, num_events: int, num_requests: int, num_users: int, span_s: int, case: str
+    block: int, sizes: tuple[int, int, int], span_s: int, case: str = "uniform"
 ) -> pa.Table:
-    """Return block `block` of the log: its events and its requests as rows of a latents shard."""
+    """Return block `block` of the log: its events and its requests as rows of a latents shard, not sorted.
+
+    `sizes` are the numbers of events, requests and users.
+    """
+    num_events, num_requests, num_users = sizes
     rng = np.random.default_rng([7, block])
     events = make_events(rng, num_events, num_users, case, span_s)
     asked = make_requests(rng, num_requests, num_users, case, span_s)
@@ -62,12 +65,11 @@ def make_block(
 
 
 def split(table: pa.Table, num_buckets: int) -> list[tuple[int, pa.Table]]:
-    """Return the rows of each bucket of users, in the order of the store's files."""
+    """Return the rows of each bucket of users, sorted as a shard is."""
     # users are numbered at random here, so the remainder is as good as a hash
     bucket = table.column("user").to_numpy() % num_buckets
-    keys = (table.column(name).to_numpy() for name in ("user", "event_ts", "example_id"))
-    order = time_order(*keys)
-    order = order[np.argsort(bucket[order], kind="stable")]
+    keys = (table.column(name).to_numpy() for name in ("example_id", "event_ts", "user"))
+    order = np.lexsort((*keys, bucket))
     rows = table.take(pa.array(order))
     return [(int(value), rows.slice(a, b - a)) for value, a, b in runs(bucket[order])]
 
@@ -79,7 +81,7 @@ def write_log(folder: Path, args: argparse.Namespace) -> Files:
     files: Files = {}
     with stage(folder / "latents") as staged:
         for block in range(num_blocks):
-            table = make_block(block, *sizes, SPAN_S // 30, args.case)
+            table = make_block(block, sizes, SPAN_S // 30, args.case)
             for bucket, rows in split(table, args.buckets):
                 write_rows(rows, staged / shard_path(block, bucket), Rule())
                 asked = rows.filter(pa.array(~rows.column("is_event").to_numpy()))
@@ -101,15 +103,17 @@ def write_log(folder: Path, args: argparse.Namespace) -> Files:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    for name in ("events", "requests", "users", "block-rows"):
+    for name in ("events", "requests", "users", "buckets", "block-rows", "join-block-rows"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--max-len", type=int, default=50)
-    parser.add_argument("--buckets", type=int, default=4)
     parser.add_argument("--case", choices=CASES, default="uniform")
     args = parser.parse_args()
     began = time.perf_counter()
     files = write_log(args.folder, args)
-    split_gib, wrote = peak_rss_gib(), time.perf_counter()
+    split_gib = peak_rss_gib()
+    # from here on the peak is that of the join
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    wrote = time.perf_counter()
     end_ts = start_ts() + 10 * 365 * 86_400 * 1_000_000
     stats = merge_stats(
         [
@@ -120,7 +124,7 @@ def main() -> None:
                     args.folder / "latents",
                     args.folder / "joined",
                     TimeRange(start_ts(), end_ts),
-                    JoinSettings(args.max_len, block_rows=args.block_rows),
+                    JoinSettings(args.max_len, block_rows=args.join_block_rows),
                 )
             )
             for bucket, found in sorted(files.items())

@@ -102,9 +102,15 @@ def all_equal(runs: dict[str, dict[str, list[Record]]]) -> bool:
 
 
 def measure_growth(args: argparse.Namespace, folder: Path) -> Record:
-    """Run the on-disk path on a log, on one four times longer, and on one where a user has a tenth of all rows."""
+    """Run the on-disk path on a log, on one four times longer and on one with a user who has a tenth of all events."""
     found = {}
-    for name, times, case in (("1x", 1, "uniform"), ("4x", 4, "uniform"), ("skew", 1, "skew")):
+    buckets = max(1, args.events // (4 * args.block_rows))
+    for name, times, case in (
+        ("1x", 1, "uniform"),
+        ("4x", 4, "uniform"),
+        ("skew", 1, "skew"),
+        ("late", 1, "late"),
+    ):
         sizes = (f"--{size}={getattr(args, size) * times}" for size in ("events", "requests"))
         with tempfile.TemporaryDirectory(dir=folder) as work:
             line = run_script(
@@ -112,18 +118,26 @@ def measure_growth(args: argparse.Namespace, folder: Path) -> Record:
                 work,
                 *sizes,
                 f"--users={args.users}",
+                f"--buckets={buckets}",
                 f"--block-rows={args.block_rows}",
+                f"--join-block-rows={args.join_block_rows or args.block_rows}",
                 f"--max-len={args.max_len}",
                 f"--case={case}",
             )
         print(f"on disk, {name}: {line}", file=sys.stderr)
         found[name] = json.loads(line)
-    peaks = {name: record["peak_rss_gib"] for name, record in found.items()}
+    uniform = found["1x"]
     return {
-        "peak_rss_growth_at_4x": peaks["4x"] / peaks["1x"],
-        "peak_rss_gib_on_disk": peaks["1x"],
-        "peak_rss_growth_of_skew": peaks["skew"] / peaks["1x"],
-        "skew_slowdown_on_disk": found["skew"]["join_seconds"] / found["1x"]["join_seconds"],
+        "peak_rss_growth_at_4x": found["4x"]["peak_rss_gib"] / uniform["peak_rss_gib"],
+        "peak_rss_gib_on_disk": uniform["peak_rss_gib"],
+        "join_seconds_growth_at_4x": found["4x"]["join_seconds"] / uniform["join_seconds"],
+        **{
+            f"{case}_on_disk": {
+                key: found[case][of] / uniform[of]
+                for key, of in (("seconds_ratio", "join_seconds"), ("peak_ratio", "peak_rss_gib"))
+            }
+            for case in ("skew", "late")
+        },
         "on_disk": found,
     }
 
@@ -213,7 +227,15 @@ def report(args: argparse.Namespace, folder: Path) -> Record:
         "num_history_rows": runs["slices"]["ours"][0]["num_history_rows"],
         "sizes": {
             name: getattr(args, name)
-            for name in ("events", "requests", "users", "max_len", "repeats", "block_rows")
+            for name in (
+                "events",
+                "requests",
+                "users",
+                "max_len",
+                "repeats",
+                "block_rows",
+                "join_block_rows",
+            )
         },
         "machine": {"threads": args.threads, **describe_machine(LIBRARIES)},
     }
@@ -229,6 +251,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--block-rows", type=int, default=1_000_000)
+    parser.add_argument("--join-block-rows", type=int, help="as --block-rows if not given")
     parser.add_argument("--oracle-sample", type=int, default=200)
     parser.add_argument("--no-growth", dest="growth", action="store_false")
     parser.add_argument("--feast-python", help="interpreter of an environment with feast 0.67")

@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 Source = Callable[[Sequence[str]], Iterator[Table]]
 """Gives the named columns of some rows in tables of at most a block, anew at every call."""
 
-_MAX_BINS = 1 << 20
+_MAX_BINS = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -195,21 +195,29 @@ class _BucketJoin:
     def add_long_user(self, blocks: Iterator[Block]) -> None:
         """Join the blocks, in time order, of one user."""
         start, num_copies = self._history.num_rows, self._history.num_copies
-        newest_ts, is_in_order = -_NONE, True
         with closing(Spill(_REQUESTS, *self._place)) as asked:
-            for block in blocks:
-                self._predict(block)
-                events = self._events(block.rows)
-                self._history.append(events)
-                ready_ts = visible_from(*_numpy(events, "event_ts", "available_ts"))
-                is_in_order &= bool(np.all(np.diff(ready_ts, prepend=newest_ts) >= 0))
-                newest_ts = max(newest_ts, int(ready_ts.max(initial=newest_ts)))
-                order = np.argsort(block.requests.column("event_ts").to_numpy(), kind="stable")
-                in_order = block.requests.take(pa.array(order))
-                asked.deal(in_order, np.zeros(len(order), dtype=np.int64))
+            is_in_order = self._collect(blocks, asked)
             user = LongUser(self._history, start, self._history.num_rows, is_in_order)
             for seen in join_long_user(user, asked.tables(0), *self._place, self._limits):
                 self._add(seen, num_copies)
+
+    def _collect(self, blocks: Iterator[Block], asked: Spill) -> bool:
+        """Put the events of one user into the history and its requests, in time order, into `asked`.
+
+        Returns whether the events become readable in the order in which they happened.
+        """
+        newest_ts, is_in_order = -_NONE, True
+        for block in blocks:
+            self._predict(block)
+            events = self._events(block.rows)
+            self._history.append(events)
+            ready_ts = visible_from(*_numpy(events, "event_ts", "available_ts"))
+            is_in_order &= bool(np.all(np.diff(ready_ts, prepend=newest_ts) >= 0))
+            newest_ts = int(ready_ts.max(initial=newest_ts))
+            order = np.argsort(block.requests.column("event_ts").to_numpy(), kind="stable")
+            in_order = block.requests.take(pa.array(order))
+            asked.deal(in_order, np.zeros(len(order), dtype=np.int64))
+        return is_in_order
 
     def write(self) -> JoinStats:
         """Write the files of the bucket and return its stats.

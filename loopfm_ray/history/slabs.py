@@ -76,17 +76,16 @@ def join_long_user(
         user: whose requests they are.
         requests: columns event_ts, which never falls, and position.
         folder: for what does not fit into a block.
-        block_rows: events of a slab.
+        block_rows: events of two slabs, which are in memory together.
         limits: `(max_len, retention_us)` as `newest_visible` takes them.
     """
     asked = _Asked(requests, min(block_rows, max(1, _MOST_COPIES // limits[0])))
     num_copies = 0
-    slabs = _slabs(user, folder, block_rows)
-    table = next(slabs)
+    slabs = _slabs(user, folder, max(1, block_rows // 2))
+    known = _Known(next(slabs))
     while True:
         following = next(slabs, None)
         until_ts = None if following is None else int(_ready(following).min())
-        known = _Known(table)
         last_state = -1
         for chunk in asked.until(until_ts):
             seen, last_state = known.answer(chunk, limits, last_state, num_copies)
@@ -95,7 +94,7 @@ def join_long_user(
         if following is None:
             return
         carry = known.table.slice(max(0, known.table.num_rows - limits[0]))
-        table = pa.concat_tables([carry, following])
+        known = _Known(pa.concat_tables([carry, following]))
 
 
 class _Asked:

@@ -12,7 +12,7 @@ PEERS = {"duckdb_asof", "duckdb_window", "polars_asof", "polars_window", "polars
 @pytest.mark.slow
 def test_all_contenders_of_the_history_join_agree(tmp_path):
     pytest.importorskip("duckdb")
-    sizes = {"events": 20_000, "requests": 1_000, "users": 400, "block-rows": 10_000, "repeats": 1}
+    sizes = {"events": 20_000, "requests": 1_000, "users": 400, "block-rows": 5_000, "repeats": 1}
     options = [f"--{name}={value}" for name, value in sizes.items()]
     script = ROOT / "benchmarks" / "history_join.py"
     done = subprocess.run(
@@ -29,5 +29,8 @@ def test_all_contenders_of_the_history_join_agree(tmp_path):
     assert found["peak_rss_growth_at_4x"] > 0
     assert found["on_disk"]["1x"]["num_history_rows"] == 20_000
     assert found["on_disk"]["4x"]["num_history_rows"] == 80_000
+    assert found["on_disk"]["4x"]["num_buckets"] == found["on_disk"]["1x"]["num_buckets"]
+    assert found["skew_on_disk"]["seconds_ratio"] > 0
+    assert found["late_on_disk"]["peak_ratio"] > 0
     assert "ratio_vs_feast_ray" not in found
     assert not list(tmp_path.iterdir())
