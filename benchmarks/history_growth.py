@@ -1,8 +1,8 @@
 """The on-disk path of the history join on a log of any length: split by bucket of users, then join bucket by bucket.
 
 The log comes in blocks, in time order, and is written as the shards of a "latents" version, one per block and bucket; then
-`history.join.join_bucket` does one bucket after another, as a worker would. A longer log has more blocks and more buckets
-of the same size. Prints one JSON line with the peak RSS of the process.
+`history.join.join_bucket` does one bucket after another, as a worker would. A longer log has more blocks, but as many
+buckets, so they are larger; the block bounds the memory. Prints one JSON line with the peak RSS of the process.
 """
 
 import argparse
@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from history_contenders import peak_rss_gib
-from history_data import CODE_BYTES, SPAN_S, make_codes, make_events, make_requests, start_ts
+from history_data import CASES, CODE_BYTES, SPAN_S, make_codes, make_events, make_requests, start_ts
 
 from loopfm_ray.data.runs import runs
 from loopfm_ray.history.join import JoinSettings, JoinTask, join_bucket, merge_stats
+from loopfm_ray.history.order import time_order
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.offline import latents_schema, shard_path
+from loopfm_ray.store.rows import LATENTS_FORMAT, Rule, write_rows
 from loopfm_ray.store.tables import write_parquet
 from loopfm_ray.types import TimeRange
 
@@ -29,12 +31,12 @@ Files = dict[int, list[tuple[int, Path]]]
 
 
 def make_block(
-    block: int, num_events: int, num_requests: int, num_users: int, span_s: int
+    block: int, num_events: int, num_requests: int, num_users: int, span_s: int, case: str
 ) -> pa.Table:
     """Return block `block` of the log: its events and its requests as rows of a latents shard."""
     rng = np.random.default_rng([7, block])
-    events = make_events(rng, num_events, num_users, "uniform", span_s)
-    asked = make_requests(rng, num_requests, num_users, "uniform", span_s)
+    events = make_events(rng, num_events, num_users, case, span_s)
+    asked = make_requests(rng, num_requests, num_users, case, span_s)
     shift = block * span_s * 1_000_000
     num_rows = num_events + num_requests
     event_ts = np.concatenate([events["event_ts"], asked["request_ts"]]) + shift
@@ -60,29 +62,31 @@ def make_block(
 
 
 def split(table: pa.Table, num_buckets: int) -> list[tuple[int, pa.Table]]:
-    """Return the rows of each bucket of users."""
+    """Return the rows of each bucket of users, in the order of the store's files."""
     # users are numbered at random here, so the remainder is as good as a hash
     bucket = table.column("user").to_numpy() % num_buckets
-    order = np.argsort(bucket, kind="stable")
+    keys = (table.column(name).to_numpy() for name in ("user", "event_ts", "example_id"))
+    order = time_order(*keys)
+    order = order[np.argsort(bucket[order], kind="stable")]
     rows = table.take(pa.array(order))
     return [(int(value), rows.slice(a, b - a)) for value, a, b in runs(bucket[order])]
 
 
-def write_log(folder: Path, args: argparse.Namespace, num_buckets: int) -> Files:
+def write_log(folder: Path, args: argparse.Namespace) -> Files:
     """Write the log as a latents version and, beside it, the requests of every bucket as examples."""
     num_blocks = -(-args.events // args.block_rows)
     sizes = (args.events // num_blocks, args.requests // num_blocks, args.users)
     files: Files = {}
     with stage(folder / "latents") as staged:
         for block in range(num_blocks):
-            table = make_block(block, *sizes, SPAN_S // 30)
-            for bucket, rows in split(table, num_buckets):
-                write_parquet(rows, staged / shard_path(block, bucket))
+            table = make_block(block, *sizes, SPAN_S // 30, args.case)
+            for bucket, rows in split(table, args.buckets):
+                write_rows(rows, staged / shard_path(block, bucket), Rule())
                 asked = rows.filter(pa.array(~rows.column("is_event").to_numpy()))
                 path = folder / "examples" / f"bucket={bucket:03d}" / f"period={block:04d}.parquet"
                 write_parquet(asked.select(["example_id", "user", "event_ts"]), path)
                 files.setdefault(bucket, []).append((block, path))
-        meta = {"code_spec": SPEC.to_tree()}
+        meta = {"code_spec": SPEC.to_tree(), "latents_format": LATENTS_FORMAT}
         commit(
             staged,
             kind="latents",
@@ -100,10 +104,11 @@ def main() -> None:
     for name in ("events", "requests", "users", "block-rows"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--max-len", type=int, default=50)
+    parser.add_argument("--buckets", type=int, default=4)
+    parser.add_argument("--case", choices=CASES, default="uniform")
     args = parser.parse_args()
-    num_buckets = max(1, -(-args.events // args.block_rows))
     began = time.perf_counter()
-    files = write_log(args.folder, args, num_buckets)
+    files = write_log(args.folder, args)
     split_gib, wrote = peak_rss_gib(), time.perf_counter()
     end_ts = start_ts() + 10 * 365 * 86_400 * 1_000_000
     stats = merge_stats(
@@ -115,7 +120,7 @@ def main() -> None:
                     args.folder / "latents",
                     args.folder / "joined",
                     TimeRange(start_ts(), end_ts),
-                    JoinSettings(args.max_len),
+                    JoinSettings(args.max_len, block_rows=args.block_rows),
                 )
             )
             for bucket, found in sorted(files.items())
@@ -126,7 +131,7 @@ def main() -> None:
         "split_peak_rss_gib": split_gib,
         "split_seconds": wrote - began,
         "join_seconds": time.perf_counter() - wrote,
-        "num_buckets": num_buckets,
+        "num_buckets": args.buckets,
         "num_requests": stats.num_requests,
         "num_history_rows": stats.num_history_rows,
         "mean_length": stats.mean_length,

@@ -102,10 +102,10 @@ def all_equal(runs: dict[str, dict[str, list[Record]]]) -> bool:
 
 
 def measure_growth(args: argparse.Namespace, folder: Path) -> Record:
-    """Run the on-disk path on a log and on one four times longer."""
+    """Run the on-disk path on a log, on one four times longer, and on one where a user has a tenth of all rows."""
     found = {}
-    for times in (1, 4):
-        sizes = (f"--{name}={getattr(args, name) * times}" for name in ("events", "requests"))
+    for name, times, case in (("1x", 1, "uniform"), ("4x", 4, "uniform"), ("skew", 1, "skew")):
+        sizes = (f"--{size}={getattr(args, size) * times}" for size in ("events", "requests"))
         with tempfile.TemporaryDirectory(dir=folder) as work:
             line = run_script(
                 "history_growth.py",
@@ -114,13 +114,16 @@ def measure_growth(args: argparse.Namespace, folder: Path) -> Record:
                 f"--users={args.users}",
                 f"--block-rows={args.block_rows}",
                 f"--max-len={args.max_len}",
+                f"--case={case}",
             )
-        print(f"on disk, {times}x the log: {line}", file=sys.stderr)
-        found[f"{times}x"] = json.loads(line)
+        print(f"on disk, {name}: {line}", file=sys.stderr)
+        found[name] = json.loads(line)
     peaks = {name: record["peak_rss_gib"] for name, record in found.items()}
     return {
         "peak_rss_growth_at_4x": peaks["4x"] / peaks["1x"],
         "peak_rss_gib_on_disk": peaks["1x"],
+        "peak_rss_growth_of_skew": peaks["skew"] / peaks["1x"],
+        "skew_slowdown_on_disk": found["skew"]["join_seconds"] / found["1x"]["join_seconds"],
         "on_disk": found,
     }
 

@@ -3,8 +3,10 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from loopfm_ray import __version__, log
 from loopfm_ray.config import dump_yaml, load_config
+from loopfm_ray.data.config import to_ts
 from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.types import TimeRange
 
 __all__ = ["app", "main"]
 
@@ -128,9 +132,7 @@ def _stage_command(name: str, text: str) -> None:
 for _name, _text in {
     "prepare": "Read the log, check it, draw negatives and write training examples.",
     "train-fm": "Train the foundation model and its bottleneck (after prepare).",
-    "materialize": "Embed and score every event later than the FM, once (after train-fm).",
     "join": "Give each request the history that was visible to it (after materialize).",
-    "audit": "Prove by recomputation that the joined set has no leak; exit 1 if it has.",
     "train-vm": "Train the vertical models (after join).",
     "evaluate": "Measure all models on the test window (after train-vm).",
     "publish": "Copy the histories into the online store and switch to them.",
@@ -138,6 +140,143 @@ for _name, _text in {
     "report": "Write summary.json and the HTML page from the run's records.",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+def compact(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Put the small files of the latents together and drop what is too old; the rows stay the same."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.compaction import compact_latents
+
+    with _progress() as progress:
+        result = compact_latents(settings, progress)
+    _print_result(result, as_json)
+
+
+@app.command()
+def upgrade(
+    beside: Annotated[Path, typer.Option(help="Folder of the run that is served now.")],
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Bring the histories of a new FM online beside the served ones (after prepare and train-fm of the new run)."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.cluster import connect
+    from loopfm_ray.jobs.upgrade import upgrade as run_upgrade
+
+    with _progress() as progress, connect(settings.ray):
+        result = run_upgrade(settings, beside, progress=progress)
+    _print_result(result, as_json)
+
+
+@app.command()
+def materialize(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="TIME",
+            help="With --to: make the periods of this time again and take over all others, which must not have "
+            "changed. An ISO date or time (UTC) or integer microseconds.",
+        ),
+    ] = None,
+    stop: Annotated[
+        str | None, typer.Option("--to", metavar="TIME", help="End of that time, not part of it.")
+    ] = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Embed and score every event later than the FM, once (after train-fm); only what changed is made again."""
+    settings = _load(config, overrides, verbose)
+    redo = _time_range(start, stop, fresh)
+    from loopfm_ray.jobs.pipeline import run_stages
+
+    with _progress() as progress:
+        result = run_stages(settings, "materialize", fresh=fresh, progress=progress, redo=redo)
+    _print_result(result, as_json)
+
+
+@app.command()
+def spaces(
+    config: ConfigArgument = None, overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """List the embedding spaces that are live in the run's online store, with what each holds."""
+    settings = _load(config, overrides, verbose=False)
+    from loopfm_ray.store.target import live_spaces
+
+    found = {item.space: asdict(item) for item in live_spaces(settings.online_target)}
+    _print_result(found, as_json)
+
+
+@app.command()
+def retire(
+    space: Annotated[str, typer.Option(help="The space, as `loopfm spaces` names it.")],
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also if it is the last one.")] = False,
+) -> None:
+    """Remove one embedding space from the run's online store, once no VM reads it any more."""
+    settings = _load(config, overrides, verbose=False)
+    from loopfm_ray.store.target import retire as retire_space
+
+    retire_space(settings.online_target, space, force=force)
+    typer.echo(f"retired: {space}")
+
+
+@app.command()
+def audit(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    check_all: Annotated[
+        bool, typer.Option("--all", help="Check every row, not a sample (audit.sample).")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prove by recomputation that the joined set has no leak; exit 1 if it has."""
+    chosen = [*(overrides or []), *(["audit.sample=null"] if check_all else [])]
+    settings = _load(config, chosen, verbose)
+    from loopfm_ray.jobs.pipeline import run_stages
+
+    with _progress() as progress:
+        result = run_stages(settings, "audit", progress=progress)
+    _print_result(result, as_json)
+
+
+@app.command()
+def freshness(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    now: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="The time to compare with; the clock's if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure how fresh joined and published histories are; exit 1 beyond the limits of the config (after join)."""
+    settings = _load(config, overrides, verbose)
+    from loopfm_ray.jobs.freshness import check_freshness
+
+    now_ts = time.time_ns() // 1000 if now is None else _moment(now)
+    result = check_freshness(settings, now_ts)
+    _print_result(result, as_json)
+    if result["alarms"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -187,6 +326,28 @@ def doctor(as_json: JsonOption = False) -> None:
 def _load(config: str | None, overrides: list[str] | None, verbose: bool) -> PipelineConfig:
     log.setup("INFO" if verbose else "WARNING")
     return load_config(PipelineConfig, find_config(config or _DEFAULT_CONFIG), overrides or ())
+
+
+def _time_range(start: str | None, stop: str | None, fresh: bool) -> TimeRange | None:
+    """Return the range of `--from` and `--to`, None when neither is given."""
+    if start is None and stop is None:
+        return None
+    if start is None or stop is None:
+        raise ConfigError(
+            "--from and --to belong together; give both, such as --from 2026-03-01 --to 2026-03-08"
+        )
+    if fresh:
+        raise ConfigError(
+            "--fresh makes everything again, --from and --to a part; give one of them"
+        )
+    start_ts, stop_ts = _moment(start), _moment(stop)
+    if start_ts >= stop_ts:
+        raise ConfigError(f"--from must be earlier than --to, found {start} and {stop}")
+    return TimeRange(start_ts, stop_ts)
+
+
+def _moment(text: str) -> int:
+    return to_ts(int(text) if text.lstrip("-").isdigit() else text)
 
 
 def find_config(name: str) -> Path:

@@ -1,5 +1,6 @@
 """The whole config tree of a pipeline run, and where each part of a run lies on disk."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
@@ -16,10 +17,14 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.history.bucket import BLOCK_ROWS
+from loopfm_ray.history.freshness import FreshnessConfig
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.store.compact import TARGET_ROWS
+from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
 from loopfm_ray.types import MICROS_PER_S
@@ -112,11 +117,32 @@ class HistoryStageConfig(Config):
     """Older events are left out; none keeps all."""
     delay_s: NonNegativeFloat = 0.0
     """Seconds from an event to when its latent can be read."""
+    keep_s: PositiveFloat | None = None
+    """How long latents are kept: whole periods older than this before the last event are not materialized any more;
+    none keeps all. Requests whose teacher prediction was not kept can not be joined."""
+    compact_rows: PositiveInt = TARGET_ROWS
+    """Rows of a file of latents that `loopfm compact` makes, about."""
+    block_rows: PositiveInt = BLOCK_ROWS
+    """Rows that a task of the join holds at once, which bounds its memory; no byte of the answer depends on it."""
+
+    @model_validator(mode="after")
+    def _keeps_what_histories_reach(self) -> Self:
+        if self.keep_s is not None and (self.retention_s or 0.0) > self.keep_s:
+            raise ConfigError(
+                f"history.keep_s must be at least history.retention_s, found {self.keep_s} and {self.retention_s}:"
+                " a history would lack events that it may hold"
+            )
+        return self
 
     @property
     def retention_us(self) -> int | None:
         """The retention in microseconds."""
         return None if self.retention_s is None else round(self.retention_s * MICROS_PER_S)
+
+    @property
+    def keep_us(self) -> int | None:
+        """How long latents are kept, in microseconds."""
+        return None if self.keep_s is None else round(self.keep_s * MICROS_PER_S)
 
     @property
     def delay_us(self) -> int:
@@ -138,6 +164,9 @@ class OnlineConfig(Config):
 
     model: str = "vm_kd_loopfm"
     """The VM whose bundle the demo serves."""
+    target: str | None = None
+    """Directory or `redis://` address that histories are published to, next to those of other snapshots; none is the
+    folder `online` of the run."""
     max_events_per_user: PositiveInt | None = None
     """Newest events kept for a user; none keeps all within the retention."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -175,6 +204,17 @@ class PipelineConfig(Config):
     """Name of the run's folder."""
     run_dir: str = "runs"
     """Folder of all runs."""
+    store: str | None = None
+    """Folder or `s3://bucket/prefix` in which a folder of the run's name holds its versions (prepared data, snapshots,
+    latents, joined sets, VMs, bundle); none keeps them in the run's folder. Records, evaluations, online store and report
+    stay in the run's folder. Credentials come from the environment, the profile or the instance, never from here."""
+    cache_dir: str = CACHE_DIR
+    """Folder on each machine for what it reads from and writes to a store on S3."""
+    cache_bytes: PositiveInt = CACHE_BYTES
+    """What that folder may hold before the versions that nobody reads are removed, the longest unread first."""
+    scratch_dir: str | None = None
+    """Folder that all Ray workers share, where shards of latents wait for the upload to S3; none takes the run's folder,
+    and then only the machine of this command embeds."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), min_length=1)
     """Everything that is trained is trained once for each seed; figures are means over them."""
     data: DataConfig = CompleteJourneyConfig()
@@ -188,6 +228,7 @@ class PipelineConfig(Config):
     """The VM with distillation alone, which LoopFM has to beat."""
     online: OnlineConfig = OnlineConfig()
     audit: AuditConfig = AuditConfig()
+    freshness: FreshnessConfig = FreshnessConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -200,6 +241,8 @@ class PipelineConfig(Config):
             raise ConfigError(f"a vertical model can not be called {MODEL_FM!r}: that is the FM")
         if len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"seeds must differ, found {list(self.seeds)}")
+        if self.store and "://" in self.store and not re.match(r"s3://[^/]", self.store):
+            raise ConfigError(f"store must be a folder or s3://bucket/prefix, found {self.store!r}")
         if self.vms[self.online.model].model.history.kind in ("raw", "both"):
             raise ConfigError(
                 f"online.model {self.online.model!r} reads a raw history, and the online store holds latents only;"
@@ -210,7 +253,23 @@ class PipelineConfig(Config):
     @property
     def paths(self) -> "RunPaths":
         """Where the parts of this run lie."""
-        return RunPaths(Path(self.run_dir) / self.name)
+        root = Path(self.run_dir) / self.name
+        if self.store is None:
+            return RunPaths(root, root)
+        store = locate(self.store, self.cache_dir, self.cache_bytes)
+        return RunPaths(root, join(store, self.name))
+
+    def scratch(self, seed: int) -> Path:
+        """Return where shards of latents wait for their upload to S3."""
+        if self.scratch_dir is None:
+            return (self.paths.work / f"latents-{seed}").absolute()
+        return Path(self.scratch_dir).absolute() / self.name / f"latents-{seed}"
+
+    @property
+    def online_target(self) -> str:
+        """Where histories are published: a directory, absolute, or a `redis://` address."""
+        target = self.online.target or str(self.paths.online)
+        return target if "://" in target else str(Path(target).absolute())
 
     @property
     def latent_vms(self) -> Mapping[str, VmStageConfig]:
@@ -223,36 +282,41 @@ class PipelineConfig(Config):
 
 
 class RunPaths:
-    """Where the parts of one run lie, all under `root`."""
+    """Where the parts of one run lie: what only this run reads under `root`, the versions under `versions`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, versions: Location) -> None:
         self.root = root
+        self.versions = versions
         self.config = root / "config.yaml"
         self.metrics = root / "metrics.jsonl"
         self.summary = root / "summary.json"
         self.report = root / "report.html"
-        self.prepared = root / "prepared"
+        self.prepared = join(versions, "prepared")
         self.online = root / "online"
-        self.bundle = root / "bundle"
+        self.bundle = join(versions, "bundle")
         self.records = root / "records"
         self.work = root / "work"
 
     def seed(self, seed: int) -> Path:
-        """Folder of what depends on a seed."""
+        """Folder of what depends on a seed and is no version."""
         return self.root / f"seed={seed}"
 
-    def fm(self, seed: int) -> Path:
+    def fm(self, seed: int) -> Location:
         """The FM snapshot."""
-        return self.seed(seed) / "fm"
+        return join(self.versions, f"seed={seed}", "fm")
 
-    def latents(self, seed: int) -> Path:
+    def latents(self, seed: int) -> Location:
         """The offline history store."""
-        return self.seed(seed) / "latents"
+        return join(self.versions, f"seed={seed}", "latents")
 
-    def joined(self, seed: int) -> Path:
+    def joined(self, seed: int) -> Location:
         """What the VMs train on."""
-        return self.seed(seed) / "joined"
+        return join(self.versions, f"seed={seed}", "joined")
 
-    def vm(self, seed: int, name: str) -> Path:
-        """The bundle of one VM."""
-        return self.seed(seed) / "vm" / name
+    def vm(self, seed: int, name: str) -> Location:
+        """One trained VM."""
+        return join(self.versions, f"seed={seed}", "vm", name)
+
+    def checkpoints(self, key: str) -> Location:
+        """Where the training of this key keeps its checkpoints while it runs."""
+        return join(self.versions, "work", key)

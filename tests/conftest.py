@@ -23,6 +23,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--golden-rewrite", action="store_true", help="rewrite tests/golden/golden.json"
     )
+    parser.addoption(
+        "--kill-report", metavar="PATH", help="write how many kill points were tried, as JSON"
+    )
 
 
 ACCESS_KEY = "loopfm-test"
@@ -178,12 +181,14 @@ def _weed_command(weed, folder):
 
 
 @pytest.fixture
-def s3(s3_server, monkeypatch):
+def s3(s3_server, monkeypatch, tmp_path_factory):
     """The S3 server, with the environment that clients read; gives the address of an empty folder."""
     from loopfm_ray.store.s3 import connect
 
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
+    # what is read is kept below the home
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     connect.cache_clear()
     yield f"s3://{s3_server.bucket}/{time.time_ns():x}"
     connect.cache_clear()

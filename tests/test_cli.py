@@ -16,11 +16,16 @@ VERBS = [
     "materialize",
     "join",
     "audit",
+    "freshness",
     "train-vm",
     "evaluate",
     "publish",
     "parity",
     "report",
+    "compact",
+    "upgrade",
+    "spaces",
+    "retire",
     "serve",
     "config",
     "doctor",
@@ -96,3 +101,20 @@ def test_a_config_is_found_by_name_and_by_path():
     assert find_config(str(path)) == path
     with pytest.raises(ConfigError, match="online_retail"):
         find_config("nothing")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--from", "2024-02-12"], "belong together"),
+        (["--to", "2024-02-12"], "belong together"),
+        (["--from", "2024-02-12", "--to", "2024-02-12"], "must be earlier"),
+        (["--from", "2024-02-12", "--to", "2024-02-11T23:00+01:00"], "must be earlier"),
+        (["--from", "soon", "--to", "2024-02-12"], "ISO date"),
+        (["--fresh", "--from", "2024-02-12", "--to", "2024-02-13"], "one of them"),
+    ],
+)
+def test_a_wrong_range_of_materialize_is_a_mistake_in_the_command(options, words):
+    result = CliRunner().invoke(app, ["materialize", "synthetic", *options])
+    assert isinstance(result.exception, ConfigError)
+    assert words in str(result.exception)

@@ -140,3 +140,12 @@ def test_the_fm_keeps_its_name():
     tree["vms"]["fm"] = tree["vms"]["vm"]
     with pytest.raises(Exception, match="can not be called 'fm'"):
         PipelineConfig.model_validate(tree)
+
+
+def test_runs_may_share_an_online_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert PipelineConfig(name="a").online_target == str(tmp_path / "runs/a/online")
+    shared = {"online": {"target": "runs/a/online"}}
+    assert PipelineConfig(name="b", **shared).online_target == str(tmp_path / "runs/a/online")
+    redis = {"online": {"target": "redis://127.0.0.1:6379/0"}}
+    assert PipelineConfig(name="b", **redis).online_target == "redis://127.0.0.1:6379/0"

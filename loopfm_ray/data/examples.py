@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from loopfm_ray.errors import SchemaError, StoreError
-from loopfm_ray.store.manifest import Manifest, read_manifest
+from loopfm_ray.store.cache import Version, open_version
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.format import file_location
 from loopfm_ray.types import TimeRange
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Rows",
     "concat_rows",
     "count_rows",
+    "fetch",
     "iterate_rows",
     "read_rows",
     "rows_of",
@@ -38,12 +41,23 @@ _ORDER = ("event_ts", "example_id")
 class ExampleFile:
     """The examples of one bucket in one period, sorted by time and example id."""
 
-    path: Path
+    version: Version
+    name: str
     bucket: int
     period: int
     num_rows: int
     period_range: TimeRange
     """What the period spans; all rows lie inside."""
+
+    @property
+    def path(self) -> Path:
+        """Where the file is on this machine's disk; one on S3 is fetched."""
+        return self.version.path(self.name)
+
+    @property
+    def source(self) -> Location:
+        """Where the file lies, for readers that open S3 themselves."""
+        return file_location(self.version.location, self.version.manifest, self.name)
 
 
 @dataclass(frozen=True)
@@ -53,23 +67,24 @@ class ExampleSet:
     all_files: tuple[ExampleFile, ...]
 
     @classmethod
-    def open(cls, path: Path, folder: str) -> "ExampleSet":
-        """Return the examples in `folder` of the version at `path` (`examples` or `requests`)."""
-        return cls.from_manifest(path, read_manifest(path), folder)
+    def open(cls, location: Location, folder: str) -> "ExampleSet":
+        """Return the examples in `folder` of the version at `location` (`examples` or `requests`)."""
+        return cls.of(open_version(location), folder)
 
     @classmethod
-    def from_manifest(cls, path: Path, manifest: Manifest, folder: str) -> "ExampleSet":
-        """Return the examples in `folder` of the version at `path`, which has this manifest.
+    def of(cls, version: Version, folder: str) -> "ExampleSet":
+        """Return the examples in `folder` of a version.
 
         Raises:
             StoreError: the manifest does not say how long periods are.
         """
+        manifest = version.manifest
         try:
             origin_ts = int(manifest.meta["period_origin_ts"])
             period_us = int(manifest.meta["period_us"])
         except KeyError as error:
             raise StoreError(
-                f"{path}: the manifest lacks {error} in its meta; write the version again"
+                f"{version.location}: the manifest lacks {error} in its meta; write the version again"
             ) from error
         files = []
         for entry in manifest.files:
@@ -79,7 +94,7 @@ class ExampleSet:
             bucket, period = int(match[1]), int(match[2])
             start_ts = origin_ts + period * period_us
             span = TimeRange(start_ts, start_ts + period_us)
-            files.append(ExampleFile(path / entry.path, bucket, period, entry.num_rows, span))
+            files.append(ExampleFile(version, entry.path, bucket, period, entry.num_rows, span))
         return cls(tuple(sorted(files, key=lambda file: (file.period, file.bucket))))
 
     def files(
@@ -113,6 +128,15 @@ class _Window:
 
     files: tuple[ExampleFile, ...]
     time_range: TimeRange | None
+
+
+def fetch(files: Sequence[ExampleFile]) -> None:
+    """Bring all of `files` to this machine's disk, several at a time; without it each comes when it is read."""
+    names: dict[int, tuple[Version, list[str]]] = {}
+    for file in files:
+        names.setdefault(id(file.version), (file.version, []))[1].append(file.name)
+    for version, wanted in names.values():
+        version.fetch(wanted)
 
 
 def iterate_rows(
@@ -235,6 +259,7 @@ def _split_period(
     files: Sequence[ExampleFile], time_range: TimeRange | None, window_rows: int
 ) -> Iterator[_Window]:
     """Cut one period that is too large for a window at times that give about equal parts."""
+    fetch(files)
     times = [pq.read_table(file.path, columns=["event_ts"]).column(0).to_numpy() for file in files]
     inside = [event_ts[slice(*_bounds(event_ts, time_range))] for event_ts in times]
     event_ts = np.sort(np.concatenate(inside))
@@ -249,6 +274,7 @@ def _split_period(
 
 def _read_window(window: _Window, columns: Sequence[str] | None) -> Rows:
     names = None if columns is None else list(dict.fromkeys([*columns, *_ORDER]))
+    fetch(window.files)
     parts = [_read_file(file, window.time_range, names) for file in window.files]
     return concat_rows(parts)
 

@@ -7,11 +7,11 @@ from typing import Any
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig, EventsConfig
 from loopfm_ray.data.datasets.complete_journey import complete_journey_events
 from loopfm_ray.data.entities import EntitySource
-from loopfm_ray.data.events import read_blocks
+from loopfm_ray.data.events import open_files, read_blocks
 from loopfm_ray.data.synthetic import generate
 from loopfm_ray.types import MICROS_PER_S
 
-__all__ = ["EventLog", "LogFields", "open_log"]
+__all__ = ["EventLog", "LogFields", "log_files", "open_log"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,23 @@ def open_log(config: DataConfig) -> EventLog:
     users = EntitySource.from_table(made.users, "user", ("taste",), ())
     columns = made.rows.drop_columns(["true_prob"])
     return EventLog(lambda: iter([columns]), LogFields(categorical=("surface",)), items, users)
+
+
+def log_files(config: DataConfig) -> dict[str, list[int]]:
+    """Return size and time of change (ns) of each file that the data is read from; empty for data that no user keeps.
+
+    Raises:
+        ConfigError: the data is not there.
+    """
+    if not isinstance(config, EventsConfig):
+        return {}
+    tables = [table.path for table in (config.items, config.users) if table]
+    files = {}
+    for path in (config.path, *tables):
+        for fragment in open_files(path):
+            info = fragment.filesystem.get_file_info(fragment.path)
+            files[str(fragment.path)] = [int(info.size), int(info.mtime_ns)]
+    return files
 
 
 def _open_events(config: EventsConfig) -> EventLog:

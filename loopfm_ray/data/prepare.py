@@ -28,6 +28,7 @@ from loopfm_ray.data.runs import runs
 from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
 from loopfm_ray.data.vocabulary import VocabularyBuilder
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage
 
 __all__ = ["Mapper", "prepare", "serial", "write_prepared"]
@@ -51,13 +52,13 @@ def serial(function: Callable[[T], R], tasks: Sequence[T]) -> Iterable[R]:
 
 
 def prepare(
-    config: DataConfig, out_dir: Path, *, mapper: Mapper = serial, replace_other: bool = False
+    config: DataConfig, out_dir: Location, *, mapper: Mapper = serial, replace_other: bool = False
 ) -> Manifest:
     """Prepare the data of `config` as a version at `out_dir`.
 
     Args:
         config: which data, and how it is split and derived.
-        out_dir: where the version is to be; it must not hold another one unless `replace_other`.
+        out_dir: directory or `s3://` address where the version is to be; it must not hold another one unless `replace_other`.
         mapper: applies `prepare_bucket` to the buckets.
         replace_other: whether another version at `out_dir` gives way.
 

@@ -1,6 +1,6 @@
 """Read what `prepare` wrote: schema, vocabularies, entity tables, history events and examples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,12 @@ from loopfm_ray.data.examples import ExampleSet
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.vocabulary import Vocabulary
 from loopfm_ray.errors import StoreError
-from loopfm_ray.store.manifest import Manifest, read_manifest
+from loopfm_ray.store.cache import Version, open_version
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest
+from loopfm_ray.store.tables import map_ipc
 
-__all__ = ["EntityTable", "PreparedData", "read_entities", "read_history"]
+__all__ = ["EntityTable", "PreparedData", "read_entities", "read_histories", "read_history"]
 
 # Any: pyarrow ships no types.
 Table = Any
@@ -45,25 +48,24 @@ class EntityTable:
 class PreparedData:
     """A prepared version; its arrays are read when they are first asked for."""
 
-    path: Path
-    manifest: Manifest
+    version: Version
     schema: FeatureSchema
 
     @classmethod
-    def open(cls, path: Path) -> "PreparedData":
-        """Open the version at `path`.
+    def open(cls, location: Location) -> "PreparedData":
+        """Open the version at a local directory or `s3://` address.
 
         Raises:
             StoreError: there is none, or it is not prepared data.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
-        if manifest.kind != "prepared":
-            raise StoreError(
-                f"{path} is a version of kind {manifest.kind!r}, expected 'prepared'; correct the path"
-            )
-        text = (path / "schema.json").read_text(encoding="utf-8")
-        return cls(path, manifest, FeatureSchema.from_json(text))
+        version = open_version(location, "prepared")
+        text = version.path("schema.json").read_text(encoding="utf-8")
+        return cls(version, FeatureSchema.from_json(text))
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the version holds."""
+        return self.version.manifest
 
     @property
     def num_buckets(self) -> int:
@@ -78,17 +80,21 @@ class PreparedData:
     @property
     def examples(self) -> ExampleSet:
         """The examples of all times and buckets."""
-        return ExampleSet.from_manifest(self.path, self.manifest, "examples")
+        return ExampleSet.of(self.version, "examples")
 
     @property
     def items(self) -> EntityTable:
         """The item table."""
-        return _read_side(self.path, self.manifest.version, "item", self.schema)
+        return self._side(Side.ITEM)
 
     @property
     def users(self) -> EntityTable:
         """The user table."""
-        return _read_side(self.path, self.manifest.version, "user", self.schema)
+        return self._side(Side.USER)
+
+    def _side(self, side: Side) -> EntityTable:
+        folder = self.version.fetch([f"vocab/{side.value}.parquet", f"{side.value}s.parquet"])
+        return _read_side(folder, self.manifest.version, side.value, self.schema)
 
     def vocabulary(self, field: str) -> Vocabulary:
         """Return the vocabulary of a categorical or sequence field.
@@ -96,7 +102,8 @@ class PreparedData:
         Raises:
             StoreError: there is no such field.
         """
-        return _read_vocabulary(self.path / "vocab" / f"{field}.parquet", self.manifest.version)
+        path = self.version.path(f"vocab/{field}.parquet")
+        return _read_vocabulary(path, self.manifest.version)
 
     def schema_as_of(self, ts: int) -> FeatureSchema:
         """Return the schema with the ids of keys first seen before `ts` only; what a model trained until then knows."""
@@ -113,19 +120,23 @@ class PreparedData:
 
         Rows after the first event count of the bucket are copies that only history pointers refer to (late labels).
         """
-        return read_history(self.path / "events" / f"bucket={bucket:03d}.arrow")
+        return read_history(self.version, f"events/bucket={bucket:03d}.arrow")
 
     def all_events(self) -> dict[int, Table]:
         """Return the history events of every bucket."""
-        return {bucket: self.events(bucket) for bucket in range(self.num_buckets)}
+        return read_histories(self.version, "events", range(self.num_buckets))
 
 
-def read_history(path: Path) -> Table:
-    """Memory-map one Arrow IPC file of history rows; a missing file is a bucket without users."""
-    if not path.exists():
-        return _no_events()
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+def read_history(version: Version, name: str) -> Table:
+    """Memory-map one Arrow IPC file of history rows; a file that the version does not have is a bucket without users."""
+    return map_ipc(version.path(name)) if name in version else _no_events()
+
+
+def read_histories(version: Version, folder: str, buckets: Iterable[int]) -> dict[int, Table]:
+    """Memory-map the history rows of `buckets` in `folder` (`events` or `history`) of a version."""
+    names = {bucket: f"{folder}/bucket={bucket:03d}.arrow" for bucket in buckets}
+    version.fetch(name for name in names.values() if name in version)
+    return {bucket: read_history(version, name) for bucket, name in names.items()}
 
 
 def read_entities(path: Path, keys: list[str], schema: FeatureSchema, side: Side) -> EntityTable:

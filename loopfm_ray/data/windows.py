@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loopfm_ray.data.examples import ExampleFile, Rows, concat_rows, count_rows, read_rows
+from loopfm_ray.data.examples import (
+    ExampleFile,
+    Rows,
+    concat_rows,
+    count_rows,
+    fetch,
+    read_rows,
+)
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import TimeRange
 
@@ -94,6 +101,7 @@ def count_known(
     files: Sequence[ExampleFile], time_range: TimeRange, known_by_ts: int
 ) -> dict[int, int]:
     """Return by bucket the rows of `time_range` whose label was known at `known_by_ts`: those that may be trained on."""
+    fetch(files)
     counts: dict[int, int] = {}
     for file in files:
         rows = read_rows([file], time_range, columns=["label_ts"])

@@ -42,7 +42,11 @@ class HistoryIndex:
 
 
 def newest_visible(
-    requests: RequestColumns, events: EventColumns, max_len: int, retention_us: int | None = None
+    requests: RequestColumns,
+    events: EventColumns,
+    max_len: int,
+    retention_us: int | None = None,
+    row: Ints | None = None,
 ) -> HistoryIndex:
     """Find the newest `max_len` events that each request could see, oldest first.
 
@@ -53,6 +57,8 @@ def newest_visible(
         events: `(user, event_ts, available_ts)`, [E] each, sorted by user and event_ts.
         max_len: the longest history.
         retention_us: events older than this at the request are left out; None keeps all.
+        row: [E] where the events stand in a larger table of which these are a part, rising. A history is a slice only if
+            it is one there; positions in the answer count the events given.
 
     Raises:
         DataError: the events are not sorted.
@@ -71,8 +77,9 @@ def newest_visible(
 
     same_user = np.ones(max(len(ready_ts) - 1, 0), dtype=bool)
     same_user[first[1:-1] - 1] = False
-    if np.any((ready_ts[1:] < ready_ts[:-1]) & same_user):
-        return _indirect(first, ready_ts, (segment, asked_ts, oldest), max_len)
+    has_holes = row is not None and np.any(np.diff(row) != 1)
+    if has_holes or np.any((ready_ts[1:] < ready_ts[:-1]) & same_user):
+        return _indirect(first, ready_ts, (segment, asked_ts, oldest), max_len, row)
     stop = _search(first, ready_ts, segment, asked_ts, "right")
     start = np.maximum(oldest, stop - max_len)
     return _index(start, stop - start, None)
@@ -143,7 +150,11 @@ def _search(first: Ints, times: Ints, segment: Ints, ts: Ints, side: str) -> Int
 
 
 def _indirect(
-    first: Ints, ready_ts: Ints, requests: tuple[Ints, Ints, Ints], max_len: int
+    first: Ints,
+    ready_ts: Ints,
+    requests: tuple[Ints, Ints, Ints],
+    max_len: int,
+    row: Ints | None = None,
 ) -> HistoryIndex:
     """Answer requests `(segment, request_ts, oldest row)` when readiness is out of order within a user.
 
@@ -166,7 +177,7 @@ def _indirect(
     used = np.flatnonzero(states)
     floor = first[owner[states[used] - 1]]
     top = newest[states[used] - 1]
-    rows, place, count = _windows(rank, (states[used], floor, top), max_len)
+    rows, place, count = _windows(rank, (states[used], floor, top), max_len, row)
 
     lowest = np.zeros(len(states), dtype=np.int64)
     size = np.zeros(len(states), dtype=np.int64)
@@ -184,11 +195,13 @@ def _indirect(
     return _index(start + cut, length - cut, rows)
 
 
-def _windows(rank: Ints, states: tuple[Ints, Ints, Ints], max_len: int) -> tuple[Ints, Ints, Ints]:
+def _windows(
+    rank: Ints, states: tuple[Ints, Ints, Ints], max_len: int, number: Ints | None
+) -> tuple[Ints, Ints, Ints]:
     """Return `rows`, and [S] start and length in it of the window of each `(state, floor, top)`.
 
     An event of row `r` is ready in a state when `rank[r] < state`; `floor` and `top` are the first row of the user and
-    the newest that is ready.
+    the newest that is ready. `number` [E] says where the events stand in a larger table; None where they are all of it.
     """
     num_events = len(rank)
     pieces: list[Ints] = [np.arange(num_events, dtype=np.int64)]
@@ -202,7 +215,8 @@ def _windows(rank: Ints, states: tuple[Ints, Ints, Ints], max_len: int) -> tuple
         count = np.bincount(which, minlength=len(ready)).astype(np.int64)
         begins = np.cumsum(count) - count
         lowest = row[begins]
-        gapped = top - lowest + 1 > count
+        width = top - lowest if number is None else number[top] - number[lowest]
+        gapped = width + 1 > count
         place = np.where(gapped, used + np.cumsum(count * gapped) - count * gapped, lowest)
         pieces.append(row[gapped[which]])
         used += len(pieces[-1])

@@ -1,34 +1,50 @@
-"""Prove that a joined version has no leak, by computing its histories again in the plainest way.
+"""Prove that a joined version has no leak, by computing its rows again in the plainest way.
 
-Shares no code with the join: plain lists, dictionaries and comparisons, straight from the latents version. Slow on
-purpose; give `sample` for large sets.
+Shares no code with the join and the features: plain lists, dictionaries and comparisons, from the prepared version, which
+is the origin, and the latents version. Slow on purpose; give `sample` for large sets. Buckets are read one at a time, and
+only those that hold a row of the sample.
 """
 
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 
 from loopfm_ray.errors import LeakError, StoreError
+from loopfm_ray.history.checks import Bucket, Rules, check_request, given_entries
+from loopfm_ray.history.evidence import Origin, read_entries, read_origin, read_stored
+from loopfm_ray.history.staleness import StalenessSketch
+from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.manifest import read_manifest
-from loopfm_ray.store.offline import LatentsReader
-from loopfm_ray.store.tables import map_ipc
+from loopfm_ray.store.manifest import Manifest, read_manifest
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.tables import read_parquet
+from loopfm_ray.types import MICROS_PER_S
 
 __all__ = ["AuditReport", "audit"]
 
 _NUM_SHOWN = 20
-_NUM_MARGINS = 1_000_000
+_SHARES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
+_INHERITED = ("snapshot_id", "trained_until_ts", "delay_us", "waits_for_label", "code_spec")
+"""What a joined version says of its latents, and they must say of themselves."""
 
 
 @dataclass(frozen=True)
 class AuditReport:
     """What the audit found.
 
-    `num_leaks` counts requests with anything wrong, `leaks` describes the first 20, and `margin_s` holds quantiles of
-    `request_ts - available_ts` in seconds over the checked history entries: how early they were readable.
+    Attributes:
+        num_checked: requests that were computed again.
+        num_leaks: those with anything wrong, and what is wrong with the version as a whole.
+        leaks: the first 20 in words.
+        num_entries: history entries of the checked requests.
+        margin_s: min, p1, p10, p50, p90, p99 and max of `request_ts - available_ts` over these entries, in seconds: how
+            early they were readable; min and max are exact, the others within 2.2 %. Empty without entries.
     """
 
     num_checked: int
@@ -51,235 +67,241 @@ class AuditReport:
             )
 
 
-class _Event(NamedTuple):
-    """One event as the latents version holds it; tuples sort by time, then example_id."""
+class _Margins:
+    """Margins of many entries in little memory."""
 
-    event_ts: int
-    example_id: int
-    user: int
-    item: int
-    available_ts: int
-    code: bytes
+    def __init__(self) -> None:
+        self._sketch = StalenessSketch()
+        self._low: list[int] = []
+        self._high: list[int] = []
+        self.num = 0
+
+    def add(self, margins: list[int]) -> None:
+        """Add margins in microseconds."""
+        if not margins:
+            return
+        self.num += len(margins)
+        values = np.asarray(margins, dtype=np.int64)
+        self._sketch = StalenessSketch.merge([self._sketch, StalenessSketch.of(values)])
+        self._low = [min([*self._low, min(margins)])]
+        self._high = [max([*self._high, max(margins)])]
+
+    def quantiles(self) -> dict[str, float]:
+        """Return the distribution in seconds."""
+        if not self.num:
+            return {}
+        low, high = self._low[0] / MICROS_PER_S, self._high[0] / MICROS_PER_S
+        inner = {name: self._sketch.quantile_s(share) or 0.0 for name, share in _SHARES.items()}
+        kept = {name: min(max(value, low), high) for name, value in inner.items()}
+        return {"min": low, **kept, "max": high}
 
 
-class _Truth(NamedTuple):
-    """One bucket of the latents version: events of each user, and all rows by example_id."""
+class _Versions(NamedTuple):
+    """The versions that are compared."""
 
-    by_user: dict[int, list[_Event]]
-    by_id: dict[int, _Event]
-    rows: dict[int, tuple[int, int, float]]  # user, event_ts, fm_prob
-    faults: dict[int, str]  # events that the latents version itself got wrong
+    joined: Version
+    latents: LatentsReader
+    prepared: Version
 
+    @property
+    def manifest(self) -> Manifest:
+        """Of the joined version."""
+        return self.joined.manifest
 
-class _Rules(NamedTuple):
-    max_len: int
-    retention_us: int | None
-    trained_until_ts: int
+    @property
+    def origin(self) -> Manifest:
+        """Of the prepared version."""
+        return self.prepared.manifest
+
+    @property
+    def range_ts(self) -> tuple[int, int]:
+        """The half-open time range of the requests."""
+        return self.manifest.meta["start_ts"], self.manifest.meta["stop_ts"]
+
+    @property
+    def request_files(self) -> dict[int, list[tuple[str, int]]]:
+        """`(path, rows)` of the request files of each bucket."""
+        files: dict[int, list[tuple[str, int]]] = {}
+        for entry in self.manifest.files:
+            if entry.path.startswith("requests/"):
+                files.setdefault(_bucket_of(entry.path), []).append((entry.path, entry.num_rows))
+        return files
 
 
 def audit(
-    joined: Path, latents: Location, *, sample: int | None = 10_000, seed: int = 0
+    joined: Location,
+    latents: Location,
+    prepared: Location,
+    snapshot: Location | None = None,
+    *,
+    sample: int | None = 10_000,
+    seed: int = 0,
 ) -> AuditReport:
-    """Check requests of the joined version against the latents version it was made from.
+    """Check requests of the joined version against the versions it was made from.
 
     Args:
-        joined: directory of the joined version.
+        joined: the joined version, local or on S3 as all that follow.
         latents: the latents version it names as its input.
+        prepared: the prepared version it names as its input: the origin of everything else.
+        snapshot: the snapshot, which knows until when it was trained; None believes the latents version.
         sample: how many requests to check, drawn by `seed`; None checks all.
         seed: of the draw.
 
     Raises:
-        StoreError: the latents version is not the one that was joined.
+        StoreError: a version is not the one that was joined, or can not be read.
     """
-    manifest = read_manifest(joined)
-    reader = LatentsReader(latents)
-    expected = manifest.inputs.get("latents")
-    if reader.manifest.version != expected:
-        raise StoreError(
-            f"{joined} was made from latents {expected}, found {reader.manifest.version} at {latents};"
-            " give the version it was made from"
-        )
-    meta = manifest.meta
-    rules = _Rules(meta["max_len"], meta["retention_us"], reader.manifest.meta["trained_until_ts"])
-    files = [entry for entry in manifest.files if entry.path.startswith("requests/")]
-    chosen = _draw([entry.num_rows for entry in files], sample, seed)
-    leaks: list[str] = []
-    margins: list[int] = []
-    num_leaks = 0
-    bucket, truth, history = -1, _Truth({}, {}, {}, {}), list[_Event]()
-    for entry, rows in zip(files, chosen, strict=True):
-        if not rows:
+    versions = _open(joined, latents, prepared)
+    found = [*_check_versions(versions, snapshot), *_check_buckets(versions)]
+    num_leaks, num_checked, margins = len(found), 0, _Margins()
+    rules = _rules(versions)
+    files = versions.request_files
+    chosen = _draw(files, sample, seed)
+    for bucket, rows in sorted(chosen.items()):
+        requests, all_ids = _read_requests(versions, files[bucket], rows)
+        num_checked += len(requests)
+        if not requests:
             continue
-        owner = int(entry.path.split("/")[1].removeprefix("bucket="))
-        if owner != bucket:
-            bucket, truth = owner, _read_truth(reader, owner)
-            history = _read_history(joined, owner)
-        requests = pq.read_table(joined / entry.path, partitioning=None).take(rows).to_pylist()
+        known = _read_bucket(versions, bucket, requests)
+        missing = list(_check_completeness(all_ids, known.origin))
+        wrong = []
         for request in requests:
-            problems = _check(request, history, truth, rules, margins)
-            num_leaks += bool(problems)
-            if problems and len(leaks) < _NUM_SHOWN:
-                leaks.append(
-                    f"bucket {owner} example {request['example_id']}: " + "; ".join(problems)
-                )
-    num_checked = sum(len(rows) for rows in chosen)
-    return AuditReport(num_checked, num_leaks, tuple(leaks), len(margins), _quantiles(margins))
+            problems = check_request(request, known, rules)
+            if problems:
+                wrong.append(f"example {request['example_id']}: " + "; ".join(problems))
+            entries = given_entries(request, known)
+            margins.add([request["event_ts"] - entry.available_ts for entry in entries])
+        num_leaks += len(missing) + len(wrong)
+        found += [f"bucket {bucket} {text}" for text in [*missing, *wrong][:_NUM_SHOWN]]
+    shown = tuple(found[:_NUM_SHOWN])
+    return AuditReport(num_checked, num_leaks, shown, margins.num, margins.quantiles())
 
 
-def _draw(sizes: list[int], sample: int | None, seed: int) -> list[list[int]]:
-    """Return which rows of each file to check, rising."""
-    total = sum(sizes)
+def _open(joined: Location, latents: Location, prepared: Location) -> _Versions:
+    found, reader, origin = open_version(joined), LatentsReader(latents), open_version(prepared)
+    places = {"latents": (latents, reader.manifest), "prepared": (prepared, origin.manifest)}
+    for name, (place, other) in places.items():
+        expected = found.manifest.inputs.get(name)
+        if other.content != expected:
+            raise StoreError(
+                f"{joined} was made from {name} {expected}, found {other.content} at {place};"
+                " give the version it was made from"
+            )
+    return _Versions(found, reader, origin)
+
+
+def _rules(versions: _Versions) -> Rules:
+    own, meta = versions.manifest.meta, versions.latents.manifest.meta
+    trained_until_ts = meta["trained_until_ts"]
+    return Rules(
+        own["max_len"],
+        own["retention_us"],
+        trained_until_ts,
+        meta["kept_from_ts"],
+        meta["delay_us"],
+    )
+
+
+def _check_versions(versions: _Versions, snapshot: Location | None) -> Iterator[str]:
+    """Check what the versions say of each other."""
+    own, meta = versions.manifest.meta, versions.latents.manifest.meta
+    for name in _INHERITED:
+        if own[name] != meta[name]:
+            yield f"the joined version says {name} {own[name]}, its latents say {meta[name]}"
+    is_waiting = versions.origin.meta["history_events"] == "positives"
+    if meta["waits_for_label"] != is_waiting:
+        yield f"the latents say waits_for_label {meta['waits_for_label']}, the prepared data needs {is_waiting}"
+    if snapshot is not None:
+        true = read_manifest(snapshot).meta
+        for name in ("snapshot_id", "trained_until_ts"):
+            if meta[name] != true[name]:
+                yield f"the latents say {name} {meta[name]}, the snapshot {snapshot} says {true[name]}"
+
+
+def _check_buckets(versions: _Versions) -> Iterator[str]:
+    """Check that no bucket of the origin is missing."""
+    start_ts, stop_ts = versions.range_ts
+    origin_ts, period_us = (versions.origin.meta[n] for n in ("period_origin_ts", "period_us"))
+    present = versions.request_files
+    expected: Counter[int] = Counter()
+    for entry in versions.origin.files:
+        if entry.path.startswith("examples/"):
+            begin = origin_ts + int(Path(entry.path).stem.removeprefix("period=")) * period_us
+            is_whole = start_ts <= begin and begin + period_us <= stop_ts
+            if is_whole and entry.num_rows:
+                expected[_bucket_of(entry.path)] += entry.num_rows
+    for bucket in sorted(set(expected) - set(present)):
+        yield f"bucket {bucket}: {expected[bucket]} requests are missing, the bucket is not there"
+
+
+def _check_completeness(found: list[int], origin: Origin) -> Iterator[str]:
+    """Check that each request of the origin is there once."""
+    have, want = Counter(found), Counter(origin.request_ids)
+    lost, added = want - have, have - want
+    if lost:
+        yield f"lacks {sum(lost.values())} requests of the prepared version, such as {min(lost)}"
+    if added:
+        yield f"has {sum(added.values())} requests twice or out of range, such as {min(added)}"
+
+
+def _draw(
+    files: dict[int, list[tuple[str, int]]], sample: int | None, seed: int
+) -> dict[int, list[list[int]] | None]:
+    """Return which rows of each file of each bucket to check, rising; None is all of the bucket."""
+    places = [
+        (bucket, number, size)
+        for bucket, own in sorted(files.items())
+        for number, (_, size) in enumerate(own)
+    ]
+    total = sum(size for _, _, size in places)
     if sample is None or sample >= total:
-        return [list(range(size)) for size in sizes]
+        return dict.fromkeys(files)
     numbers = sorted(random.Random(seed).sample(range(total), sample))
-    chosen: list[list[int]] = []
-    begin = 0
-    place = 0
-    for size in sizes:
+    chosen: dict[int, list[list[int]] | None] = {}
+    begin = place = 0
+    for bucket, number, size in places:
         rows = []
         while place < len(numbers) and numbers[place] < begin + size:
             rows.append(numbers[place] - begin)
             place += 1
-        chosen.append(rows)
         begin += size
+        if rows:
+            own = chosen.setdefault(bucket, [[] for _ in files[bucket]])
+            if own is not None:
+                own[number] = rows
     return chosen
 
 
-def _read_truth(reader: LatentsReader, bucket: int) -> _Truth:
-    truth = _Truth({}, {}, {}, {})
-    meta = reader.manifest.meta
-    for row in reader.read_bucket(bucket).to_pylist():
-        event = _event(row)
-        truth.rows[event.example_id] = (event.user, event.event_ts, row["fm_prob"])
-        if not row["is_event"]:
-            continue
-        truth.by_user.setdefault(event.user, []).append(event)
-        truth.by_id[event.example_id] = event
-        ready_ts = event.event_ts + meta["delay_us"]
-        if meta["waits_for_label"] and row["label_ts"] > ready_ts:
-            ready_ts = row["label_ts"]
-        if event.available_ts != ready_ts:
-            truth.faults[event.example_id] = (
-                f"event {event.example_id} says available_ts {event.available_ts}, delay and label give {ready_ts}"
+def _read_requests(
+    versions: _Versions, files: Sequence[tuple[str, int]], rows: list[list[int]] | None
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the chosen requests of a bucket, and the example ids of all.
+
+    Raises:
+        StoreError: a file has other rows than the manifest says.
+    """
+    requests: list[dict[str, Any]] = []
+    ids: list[int] = []
+    for number, (path, size) in enumerate(files):
+        table = read_parquet(versions.joined.path(path))
+        if table.num_rows != size:
+            raise StoreError(
+                f"{path} of {versions.joined.location} has {table.num_rows} rows, its manifest says {size}; join again"
             )
-        elif event.event_ts <= meta["trained_until_ts"]:
-            truth.faults[event.example_id] = (
-                f"event {event.example_id} at {event.event_ts} was embedded by a snapshot trained until"
-                f" {meta['trained_until_ts']}"
-            )
-    for events in truth.by_user.values():
-        events.sort()
-    return truth
+        ids += table.column("example_id").to_pylist()
+        kept = table if rows is None else table.take(pa.array(rows[number], pa.int64()))
+        requests += kept.to_pylist()
+    return requests, ids
 
 
-def _read_history(joined: Path, bucket: int) -> list[_Event]:
-    table = map_ipc(joined / "history" / f"bucket={bucket:03d}.arrow")
-    return [_event(row) for row in table.to_pylist()]
+def _read_bucket(versions: _Versions, bucket: int, requests: list[dict[str, Any]]) -> Bucket:
+    """Read what the other versions say of the users of these requests, and of those in their histories."""
+    slices = [(row["latent_start"], row["latent_len"]) for row in requests]
+    entries, num_rows = read_entries(versions.joined, bucket, slices)
+    users = {row["user"] for row in requests} | {entry.user for entry in entries.values()}
+    wanted = ({row["example_id"] for row in requests}, versions.range_ts)
+    origin = read_origin(versions.prepared, bucket, users, wanted)
+    return Bucket(origin, read_stored(versions.latents, bucket, users), entries, num_rows)
 
 
-def _event(row: dict[str, Any]) -> _Event:  # Any: a row as Arrow gives it
-    return _Event(
-        row["event_ts"],
-        row["example_id"],
-        row["user"],
-        row["item"],
-        row["available_ts"],
-        row["code"],
-    )
-
-
-def _check(
-    request: dict[str, Any],  # Any: a row as Arrow gives it
-    history: list[_Event],
-    truth: _Truth,
-    rules: _Rules,
-    margins: list[int],
-) -> list[str]:
-    """Return what is wrong with one request, in words; add its margins to `margins`."""
-    user, request_ts = request["user"], request["event_ts"]
-    start, length = request["latent_start"], request["latent_len"]
-    if start < 0 or length < 0 or start + length > len(history):
-        return [f"history slice {start}+{length} lies outside {len(history)} rows"]
-    given = history[start : start + length]
-    problems = _check_teacher(request, truth)
-    if request_ts <= rules.trained_until_ts:
-        problems.append("the snapshot was trained on this request")
-    for event in given:
-        problems += _check_event(event, request, truth, rules)
-        if len(margins) < _NUM_MARGINS:
-            margins.append(request_ts - event.available_ts)
-    if length > rules.max_len:
-        problems.append(f"history has {length} events, at most {rules.max_len} are allowed")
-
-    visible = [
-        event
-        for event in truth.by_user.get(user, [])
-        if event.event_ts < request_ts
-        and event.available_ts <= request_ts
-        and (rules.retention_us is None or request_ts - event.event_ts <= rules.retention_us)
-    ]
-    wanted = [event.example_id for event in visible[-rules.max_len :]]
-    found = [event.example_id for event in given]
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        problems.append(f"lacks visible events {missing[:3]} ({len(missing)} in all)")
-    elif not problems and found != wanted:
-        problems.append(
-            f"order or number of events is wrong, found {found[:5]}, expected {wanted[:5]}"
-        )
-    return problems
-
-
-def _check_teacher(request: dict[str, Any], truth: _Truth) -> list[str]:  # Any: a row
-    known = truth.rows.get(request["example_id"])
-    if known is None:
-        return ["the latents version has no row of this example"]
-    user, event_ts, fm_prob = known
-    problems = []
-    if (user, event_ts) != (request["user"], request["event_ts"]):
-        problems.append("user or time differ from the latents version")
-    if request["teacher_prob"] != fm_prob:
-        problems.append(f"teacher_prob is {request['teacher_prob']}, the snapshot gave {fm_prob}")
-    return problems
-
-
-def _check_event(
-    event: _Event,
-    request: dict[str, Any],
-    truth: _Truth,
-    rules: _Rules,  # Any: a row
-) -> list[str]:
-    """Return what is wrong with one entry of a history."""
-    request_ts = request["event_ts"]
-    known = truth.by_id.get(event.example_id)
-    if known is None:
-        return [f"event {event.example_id} is no event of the latents version"]
-    problems = []
-    if event.example_id in truth.faults:
-        problems.append(truth.faults[event.example_id])
-    if event != known:
-        fields = [name for name in event._fields if getattr(event, name) != getattr(known, name)]
-        problems.append(f"event {event.example_id} differs from the latents version in {fields}")
-    if event.example_id == request["example_id"]:
-        problems.append("history holds the request's own event")
-    if known.user != request["user"]:
-        problems.append(f"event {event.example_id} belongs to another user")
-    if known.event_ts >= request_ts:
-        problems.append(f"event {event.example_id} at {known.event_ts} is not before {request_ts}")
-    if known.available_ts > request_ts:
-        problems.append(
-            f"event {event.example_id} was available at {known.available_ts}, after {request_ts}"
-        )
-    if rules.retention_us is not None and request_ts - known.event_ts > rules.retention_us:
-        problems.append(f"event {event.example_id} is older than the retention")
-    return problems
-
-
-def _quantiles(margins: list[int]) -> dict[str, float]:
-    if not margins:
-        return {}
-    ordered = sorted(margins)
-    shares = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9}
-    return {
-        name: ordered[round(share * (len(ordered) - 1))] / 1e6 for name, share in shares.items()
-    }
+def _bucket_of(path: str) -> int:
+    return int(path.split("/")[1].removeprefix("bucket="))

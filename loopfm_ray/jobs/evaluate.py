@@ -13,7 +13,8 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.jobs.train_vm import VmData, VmJob
 from loopfm_ray.jobs.training import score_rows
 from loopfm_ray.metrics.calibration import calibration_bins, fit_platt
-from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.train.evaluate import Predictions, binary_metrics
 from loopfm_ray.train.trained import load_trained_vm
@@ -57,14 +58,14 @@ def evaluate_vm(job: VmJob) -> EvaluationRecord:
         valid=dict(trained.record["valid"]),
         calibration_bins=_bins(calibrated),
         num_parameters=manifest.meta["num_parameters"],
-        num_bytes=manifest.num_bytes,
+        num_bytes=_weight_bytes(manifest),
         train_rows_per_s=trained.record["rows_per_s"],
         seconds=trained.record["train_s"],
     )
 
 
 def evaluate_fm(
-    snapshot: Path, joined: Path, valid: TimeRange, test: TimeRange, seed: int
+    snapshot: Location, joined: Location, valid: TimeRange, test: TimeRange, seed: int
 ) -> EvaluationRecord:
     """Measure the stored FM predictions, calibrated on the same validation rows as the VMs are."""
     requests = ExampleSet.open(joined, "requests")
@@ -80,10 +81,14 @@ def evaluate_fm(
         valid=binary_metrics(on_valid),
         calibration_bins=_bins(calibrated),
         num_parameters=record["num_parameters"],
-        num_bytes=manifest.num_bytes,
+        num_bytes=_weight_bytes(manifest),
         train_rows_per_s=record["rows_per_s"],
         seconds=record["train_s"],
     )
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    return sum(entry.num_bytes for entry in manifest.files if entry.path.endswith(".safetensors"))
 
 
 def _teacher(requests: ExampleSet, window: TimeRange) -> Predictions:

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loopfm_ray.errors import JobError, LoopFMError
 
-__all__ = ["Progress", "RayMapper", "silent", "unwrap", "watch"]
+__all__ = ["Progress", "RayMapper", "on_this_node", "silent", "unwrap", "watch"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,11 +52,18 @@ def watch(metrics_file: Path, stage: str, progress: Progress) -> Iterator[None]:
     progress(stage, 1, 1)
 
 
+def on_this_node() -> dict[str, Any]:  # Any: Ray ships no types
+    """Return the options that keep a task or an actor on the machine that this process runs on."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+
+
 @dataclass(frozen=True)
 class RayMapper:
     """Runs one Ray task for each task of the core, a bounded number at a time, and yields results in order.
 
-    The tasks it is given must be safe to repeat: Ray runs one again when its worker dies.
+    The tasks it is given must be safe to repeat: Ray runs one again when its worker dies. With `is_here` they run on this
+    machine, since they read and write its disk.
     """
 
     parallel_tasks: int
@@ -63,6 +71,7 @@ class RayMapper:
     progress: Progress = silent
     num_cpus: float = 1.0
     max_retries: int = 3
+    is_here: bool = False
 
     def __call__(self, function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
         """Yield `function(task)` for each of `tasks`, in order.
@@ -71,7 +80,10 @@ class RayMapper:
             LoopFMError: the one that `function` raised.
             JobError: a worker died more often than `max_retries`, or raised something else.
         """
-        remote: Any = ray.remote(num_cpus=self.num_cpus, max_retries=self.max_retries)(function)
+        where = on_this_node() if self.is_here else {}
+        remote: Any = ray.remote(num_cpus=self.num_cpus, max_retries=self.max_retries, **where)(
+            function
+        )
         running: deque[Any] = deque()  # Any: Ray's references carry no type here
         waiting = iter(tasks)
         for done in range(len(tasks)):

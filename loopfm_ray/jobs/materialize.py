@@ -17,11 +17,13 @@ from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.digest import inputs_sha256
 from loopfm_ray.data.examples import ExampleFile, Rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.data.split import format_ts
 from loopfm_ray.errors import ConfigError, JobError, StoreError
-from loopfm_ray.jobs.mapping import Progress, silent, unwrap
-from loopfm_ray.store.filesystem import Location
+from loopfm_ray.jobs.mapping import Progress, on_this_node, silent, unwrap
+from loopfm_ray.store.filesystem import Location, absolute, is_remote
 from loopfm_ray.store.manifest import Manifest
-from loopfm_ray.store.offline import LatentsWriter
+from loopfm_ray.store.offline import LatentsWriter, Previous
+from loopfm_ray.store.shards import Place, kept_from, shard_path
 from loopfm_ray.train.embed import Embedder, length_order
 from loopfm_ray.train.snapshot import Snapshot, load_snapshot
 from loopfm_ray.types import TimeRange
@@ -30,6 +32,7 @@ __all__ = [
     "MaterializeTask",
     "Scope",
     "ShardEmbedder",
+    "group_shards",
     "materialize",
     "plan_shards",
 ]
@@ -45,26 +48,41 @@ class Scope:
     Attributes:
         redo: only periods that overlap it are made again, all others must be the same as before; None makes again what
             changed.
-        retention_us: periods wholly older than this before the last event are left out; None keeps all.
+        keep_us: periods wholly older than this before the last event are left out; None keeps all.
+        is_fresh: whether everything is made again, also what did not change.
         scratch: where shards wait for the upload when the version is to lie on S3.
+        is_scratch_shared: whether workers on all machines have `scratch`; else all run on this one.
     """
 
     redo: TimeRange | None = None
-    retention_us: int | None = None
+    keep_us: int | None = None
+    is_fresh: bool = False
     scratch: Path | None = None
+    is_scratch_shared: bool = False
+
+    @property
+    def attempt(self) -> str:
+        """A name for work that is asked for though its result may be there already; empty for the work that is due."""
+        if self.is_fresh:
+            return "fresh"
+        return f"{self.redo.start_ts}-{self.redo.stop_ts}" if self.redo else ""
 
 
 @dataclass(frozen=True)
 class MaterializeTask:
     """What every worker needs to write shards."""
 
-    prepared: Path
-    snapshot: Path
+    prepared: Location
+    snapshot: Location
     time_range: TimeRange
     writer: LatentsWriter
     batch_rows: int = 1024
     redo: TimeRange | None = None
     """Only shards of this time are made again, the others must be taken over; None makes again what changed."""
+    is_here: bool = False
+    """Whether shards wait on the disk of this machine, so that all workers have to run on it."""
+    is_fresh: bool = False
+    """Whether no shard is taken over."""
 
     @property
     def attempts(self) -> Path:
@@ -73,11 +91,11 @@ class MaterializeTask:
 
 
 def plan_shards(
-    data: PreparedData, snapshot: Snapshot, retention_us: int | None = None
+    data: PreparedData, snapshot: Snapshot, keep_us: int | None = None
 ) -> tuple[TimeRange, list[ExampleFile]]:
     """Return the time to embed, everything after the snapshot, and its example files.
 
-    Periods wholly older than `retention_us` before the last event are left out; None keeps all.
+    Periods wholly older than `keep_us` before the last event are left out; None keeps all.
 
     Raises:
         ConfigError: the snapshot is newer than all events.
@@ -90,8 +108,8 @@ def plan_shards(
         )
     time_range = TimeRange(snapshot.spec.trained_until_ts + 1, max_ts + 1)
     files = data.examples.files(time_range)
-    if retention_us is not None:
-        files = [file for file in files if file.period_range.stop_ts > max_ts - retention_us]
+    if keep_us is not None:
+        files = [file for file in files if file.period_range.stop_ts > max_ts - keep_us]
     return time_range, [file for file in files if _has_rows(file, time_range)]
 
 
@@ -116,39 +134,41 @@ class ShardEmbedder:
         self._of_bucket: tuple[int, Collator, RawHistorySource | None] = (-1, self._fields, None)
         files = self._data.examples.files(task.time_range)
         self._files = {(file.period, file.bucket): file for file in files}
-        self._previous = task.writer.previous()
+        self._previous = None if task.is_fresh else task.writer.previous()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the shard of `row` (period, bucket) unless it is there already; return its row counts."""
-        period, bucket = int(row["period"]), int(row["bucket"])
-        stats = self._task.writer.completed(period, bucket)
-        if stats is None:
-            self._count_attempt(period, bucket)
-            file = self._files[period, bucket]
-            stats = self._take_over(file) or self._write(file)
-        return {"period": period, "bucket": bucket, "num_rows": stats.num_rows}
+        """Write the shards of `row` (bucket, periods) that are not there already; return how many there are.
 
-    def _take_over(self, file: ExampleFile) -> Any:
-        """Return the stats of the shard taken over from the version before, None if it has to be made again."""
-        task, span = self._task, file.period_range
-        redo = task.redo
+        Those that lie in one file of the version before must come together: if all are the same, the file is taken over.
+        """
+        bucket, writer = int(row["bucket"]), self._task.writer
+        places = [(int(period), bucket) for period in row["periods"]]
+        todo = [place for place in places if writer.completed(*place) is None]
+        if todo:
+            self._count_attempt(*todo[0])
+        same = [place for place in todo if self._is_same(self._files[place])]
+        if same and self._previous:
+            writer.take_over(self._previous, same)
+        for place in todo:
+            if place not in same:
+                self._write(self._files[place])
+        return {"bucket": bucket, "num_shards": len(places)}
+
+    def _is_same(self, file: ExampleFile) -> bool:
+        """Return whether the shard can be taken over from the version before."""
+        span, redo = file.period_range, self._task.redo
         if redo and redo.start_ts < span.stop_ts and span.start_ts < redo.stop_ts:
-            return None
-        previous = self._previous
-        before = previous.shards.get((file.period, file.bucket)) if previous else None
-        if (
-            previous
-            and before
-            and before.input_sha256 == self._input_sha256(file, self._read(file))
-        ):
-            return task.writer.take_over(previous, file.period, file.bucket)
+            return False
+        before = self._previous.shards.get((file.period, file.bucket)) if self._previous else None
+        if before and before.input_sha256 == self._input_sha256(file, self._read(file)):
+            return True
         if redo:
             raise StoreError(
-                f"period {file.period} of bucket {file.bucket} lies outside the range {redo.start_ts} to"
-                f" {redo.stop_ts} and {'changed' if before else 'is new'}: it can not be taken over;"
+                f"period {file.period} of bucket {file.bucket} (from {format_ts(span.start_ts)}) lies outside the range"
+                f" {format_ts(redo.start_ts)} to {format_ts(redo.stop_ts)} and {'changed' if before else 'is new'}: it can not be taken over;"
                 " widen the range or leave it out"
             )
-        return None
+        return False
 
     def _read(self, file: ExampleFile) -> Rows:
         """Return the rows of a shard in the order in which they are embedded."""
@@ -176,7 +196,7 @@ class ShardEmbedder:
                 f" {bucket}, perhaps for lack of memory; look at the log of the worker in Ray's session folder, then run it again"
             )
 
-    def _write(self, file: ExampleFile) -> Any:
+    def _write(self, file: ExampleFile) -> None:
         rows, size = self._read(file), self._task.batch_rows
         collate, _ = self._open(file.bucket)
         latents, probs = [], []
@@ -187,7 +207,7 @@ class ShardEmbedder:
             probs.append(embedded.fm_prob)
         columns = {name: rows[name] for name in _SHARD_COLUMNS}
         columns["fm_prob"] = np.concatenate(probs)
-        return self._task.writer.write(
+        self._task.writer.write(
             file.period,
             file.bucket,
             columns,
@@ -210,8 +230,8 @@ class ShardEmbedder:
 
 
 def materialize(
-    prepared: Path,
-    snapshot_dir: Path,
+    prepared: Location,
+    snapshot_dir: Location,
     out_dir: Location,
     *,
     delay_us: int,
@@ -226,9 +246,9 @@ def materialize(
     later than the watermark of the version before (`num_late_events`).
 
     Args:
-        prepared: the prepared version.
+        prepared: the prepared version, a directory or an `s3://` address as the next two.
         snapshot_dir: the snapshot.
-        out_dir: a directory or an `s3://` address.
+        out_dir: the version to write.
         delay_us: from an event to its readers.
         num_workers: processes.
         progress: told of each shard.
@@ -236,14 +256,16 @@ def materialize(
 
     Raises:
         StoreError: `scope.redo` is given and a shard outside of it can not be taken over.
-        ConfigError: there is nothing later than the snapshot.
+        ConfigError: there is nothing later than the snapshot, or nothing of it in `scope.redo`.
         JobError: a worker failed.
     """
     data = PreparedData.open(prepared)
     snapshot = load_snapshot(snapshot_dir)
-    embedded, files = plan_shards(data, snapshot, scope.retention_us)
+    embedded, files = plan_shards(data, snapshot, scope.keep_us)
+    if scope.redo:
+        _check_redo(scope.redo, files)
     writer = LatentsWriter(
-        final_dir=out_dir.absolute() if isinstance(out_dir, Path) else out_dir,
+        final_dir=absolute(out_dir),
         snapshot_id=snapshot.snapshot_id,
         trained_until_ts=snapshot.spec.trained_until_ts,
         spec=snapshot.spec.code_spec,
@@ -251,23 +273,58 @@ def materialize(
         waits_for_label=data.manifest.meta["history_events"] == "positives",
         inputs={"prepared": data.manifest.version, "snapshot": snapshot.version},
         scratch=scope.scratch,
+        attempt=scope.attempt,
+        period_us=data.manifest.meta["period_us"],
+        period_origin_ts=data.manifest.meta["period_origin_ts"],
     )
     task = MaterializeTask(
-        prepared.absolute(), snapshot_dir.absolute(), embedded, writer, redo=scope.redo
+        absolute(prepared),
+        absolute(snapshot_dir),
+        embedded,
+        writer,
+        redo=scope.redo,
+        is_here=is_remote(out_dir) and not scope.is_scratch_shared,
+        is_fresh=scope.is_fresh,
     )
     shards = [(file.period, file.bucket) for file in files]
     finished = writer.begin(shards)
     if finished is not None:
         return finished
     shutil.rmtree(task.attempts, ignore_errors=True)
+    todo = [place for place in shards if writer.completed(*place) is None]
+    watermark_ts, kept_from_ts = data.log_range[1], embedded.start_ts
+    if scope.keep_us is not None:
+        period = (data.manifest.meta["period_us"], data.manifest.meta["period_origin_ts"])
+        kept_from_ts = max(kept_from_ts, kept_from(watermark_ts, scope.keep_us, *period))
+    _run(task, group_shards(todo, writer.previous()), num_workers, progress)
+    return writer.finish(
+        shards,
+        watermark_ts=watermark_ts,
+        kept_from_ts=kept_from_ts,
+        replace_other=True,
+    )
+
+
+def _check_redo(redo: TimeRange, files: Sequence[ExampleFile]) -> None:
+    """Make sure that there is something to make again."""
+    spans = [file.period_range for file in files]
+    if any(redo.start_ts < span.stop_ts and span.start_ts < redo.stop_ts for span in spans):
+        return
+    first, last = min(span.start_ts for span in spans), max(span.stop_ts for span in spans)
+    raise ConfigError(
+        f"the range {format_ts(redo.start_ts)} to {format_ts(redo.stop_ts)} holds no period that is embedded; those run"
+        f" from {format_ts(first)} to {format_ts(last)}"
+    )
+
+
+def group_shards(todo: Sequence[Place], previous: Previous | None) -> list[dict[str, Any]]:
+    """Return what `ShardEmbedder` is called with: shards of one file of `previous` together, by bucket and period."""
+    groups: dict[tuple[int, str], list[int]] = {}
     # buckets together, so that a worker maps each bucket's events once
-    items = [
-        {"period": period, "bucket": bucket}
-        for period, bucket in sorted(shards, key=lambda place: (place[1], place[0]))
-        if writer.completed(period, bucket) is None
-    ]
-    _run(task, items, num_workers, progress)
-    return writer.finish(shards, watermark_ts=data.log_range[1], replace_other=True)
+    for period, bucket in sorted(todo, key=lambda place: (place[1], place[0])):
+        path = previous.file_of(period, bucket) if previous else shard_path(period, bucket)
+        groups.setdefault((bucket, path), []).append(period)
+    return [{"bucket": bucket, "periods": periods} for (bucket, _), periods in groups.items()]
 
 
 def _run(
@@ -285,6 +342,7 @@ def _run(
         fn_constructor_args=(task,),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
+        **(on_this_node() if task.is_here else {}),
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.scoring import run_parity
 from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
+from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.filesystem import Location, is_remote
 from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.s3 import check_access
+from loopfm_ray.store.sizes import measure_sizes, online_event_bytes
+from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.target import is_redis
+from loopfm_ray.train.curves import read_curves
+from loopfm_ray.types import TimeRange
 
 __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
 
@@ -47,16 +57,23 @@ def run_pipeline(
 
 
 def run_stages(
-    config: PipelineConfig, name: str, *, fresh: bool = False, progress: Progress = silent
+    config: PipelineConfig,
+    name: str,
+    *,
+    fresh: bool = False,
+    progress: Progress = silent,
+    redo: TimeRange | None = None,
 ) -> dict[str, Any]:
     """Run one stage and return what it did; what it needs must be there.
+
+    `redo` is for materialize: the time that is made again, while all other must be as before.
 
     Raises:
         LoopFMError: the stage failed, or an earlier one has not run.
     """
     if name not in STAGE_NAMES:
         raise ConfigError(f"there is no stage {name!r}, expected one of {STAGE_NAMES}")
-    context = _begin(config, progress, fresh)
+    context = replace(_begin(config, progress, fresh), redo=redo)
     if name == "report":
         _finish(context)
         return {"report": str(config.paths.report), "summary": str(config.paths.summary)}
@@ -65,8 +82,10 @@ def run_stages(
 
 
 def _begin(config: PipelineConfig, progress: Progress, fresh: bool) -> Context:
-    """Make the run folder and write the resolved config into it."""
+    """Make sure that the store is there, make the run folder and write the resolved config into it."""
     paths = config.paths
+    if is_remote(paths.versions):
+        check_access(str(paths.versions))
     try:
         paths.records.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,13 +135,13 @@ def _finish(context: Context) -> dict[str, Any]:
     config, paths = context.config, context.config.paths
     context.progress("report", 0, 1)
     started = time.perf_counter()
+    records = {name: _need(context, name) for name in _ALL}
     curves = _curves(config)
     lines = [
         json.dumps({key: curve[key] for key in ("run", "seed", "step", "split", "name", "value")})
         for curve in curves
     ]
     _write(paths.metrics, "\n".join(lines) + "\n")
-    records = {name: _need(context, name) for name in _ALL}
     summary = _summary(config, records, curves)
     build_report(summary, paths.report)
     summary["seconds"]["report"] = time.perf_counter() - started
@@ -148,7 +167,7 @@ def _summary(
     parity = dict(records["parity"]["result"])
     scored = parity.pop("scored_request")
     latents, joined = read_manifest(paths.latents(seed)), read_manifest(paths.joined(seed))
-    meta = data.manifest.meta
+    meta, fresh = data.manifest.meta, joined_freshness(config, seed)
     return {
         "name": config.name,
         "code_version": code_version(),
@@ -168,6 +187,8 @@ def _summary(
             "coverage": joined.meta["coverage"],
             "mean_length": joined.meta["mean_length"],
             "staleness_s": joined.meta["staleness_s"],
+            "coverage_by_age": fresh["coverage_by_age"],
+            "alarms": fresh["alarms"],
         },
         "audit": records["audit"]["result"],
         "parity": parity,
@@ -175,7 +196,11 @@ def _summary(
         "sizes": {
             "latents_bytes": latents.num_bytes,
             "bytes_per_event": latents.num_bytes / max(latents.num_rows, 1),
-            "online_bytes": _disk_bytes(paths.online),
+            "online_bytes": _online_bytes(config.online_target, Space.of_meta(latents.meta).id),
+            "encoded_bytes_per_event": measure_sizes(paths.latents(seed)).encoded_bytes_per_event,
+            "online_bytes_per_event": online_event_bytes(
+                CodeSpec.from_tree(latents.meta["code_spec"])
+            ),
             "joined_bytes": joined.num_bytes,
         },
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -184,25 +209,14 @@ def _summary(
 
 
 def _curves(config: PipelineConfig) -> list[dict[str, Any]]:
-    """Return the learning curves of all models; of a step that was repeated after a resume, the last value."""
-    curves: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """Return the learning curves of all models."""
+    curves = []
     for seed in config.seeds:
-        for run in (MODEL_FM, *config.vms):
-            path = config.paths.seed(seed) / "curves" / f"{run}.jsonl"
-            if not path.is_file():
-                raise StoreError(
-                    f"{path} is not there; run `loopfm train-fm` and `loopfm train-vm` first"
-                )
-            for line in path.read_text(encoding="utf-8").splitlines():
-                point = json.loads(line)
-                curve = {
-                    "run": run,
-                    "seed": seed,
-                    **{k: point[k] for k in ("split", "name", "step", "value")},
-                }
-                curves[run, seed, point["split"], point["name"], point["step"]] = curve
+        models = {name: config.paths.vm(seed, name) for name in config.vms}
+        for run, location in {MODEL_FM: config.paths.fm(seed), **models}.items():
+            curves += [{"run": run, "seed": seed, **point} for point in read_curves(location)]
     return sorted(
-        curves.values(),
+        curves,
         key=lambda item: (item["run"], item["seed"], item["split"], item["name"], item["step"]),
     )
 
@@ -210,7 +224,7 @@ def _curves(config: PipelineConfig) -> list[dict[str, Any]]:
 def _manifest(config: PipelineConfig, summary: dict[str, Any]) -> dict[str, Any]:
     """Return what was run, on which machine, from and to which versions."""
     paths = config.paths
-    versions = {"prepared": paths.prepared, "bundle": paths.bundle}
+    versions: dict[str, Location] = {"prepared": paths.prepared, "bundle": paths.bundle}
     for seed in config.seeds:
         versions |= {
             f"seed={seed}/{name}": path for name, path in _seed_versions(config, seed).items()
@@ -232,7 +246,7 @@ def _manifest(config: PipelineConfig, summary: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Path]:
+def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Location]:
     paths = config.paths
     vms = {f"vm/{name}": paths.vm(seed, name) for name in config.vms}
     return {
@@ -243,8 +257,11 @@ def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Path]:
     }
 
 
-def _disk_bytes(folder: Path) -> int:
-    """Return what a folder takes on disk; sparse files count what they hold."""
+def _online_bytes(target: str, space: str) -> int | None:
+    """Return what a space takes on disk, None for Redis; sparse files count what they hold."""
+    if is_redis(target):
+        return None
+    folder = Path(target) / "spaces" / space
     return sum(item.stat().st_blocks * 512 for item in folder.rglob("*") if item.is_file())
 
 

@@ -18,6 +18,8 @@ from loopfm_ray.jobs.stages import Context, splits_of
 from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.parity import check_parity, load_offline
 from loopfm_ray.serving.predictor import load_predictor
+from loopfm_ray.store.filesystem import absolute
+from loopfm_ray.store.manifest import find_manifest
 
 __all__ = ["run_parity", "serve_forever"]
 
@@ -31,13 +33,13 @@ def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
     Raises:
         StoreError: nothing was published yet.
     """
-    if not config.paths.bundle.is_dir() or not config.paths.online.is_dir():
-        raise StoreError(
-            f"{config.paths.root} has no bundle and no histories; run `loopfm publish` first"
-        )
+    if find_manifest(config.paths.bundle) is None:
+        raise StoreError(f"{config.paths.bundle} is not there; run `loopfm publish` first")
     return serving.ServeConfig(
-        bundle=str(config.paths.bundle.absolute()),
-        online=str(config.paths.online.absolute()),
+        bundle=str(absolute(config.paths.bundle)),
+        cache_dir=config.cache_dir,
+        cache_bytes=config.cache_bytes,
+        online=config.online_target,
         port=port,
         log_level="WARNING",
     )
@@ -62,7 +64,7 @@ def run_parity(context: Context) -> dict[str, Any]:
     config = context.config
     context.progress("parity", 0, 2)
     settings = serve_config(config, 0)
-    predictor = load_predictor(settings.bundle, settings.online)
+    predictor = load_predictor(settings.location, settings.online)
     offline = load_offline(
         predictor.bundle,
         PreparedData.open(config.paths.prepared),
@@ -80,7 +82,7 @@ def run_parity(context: Context) -> dict[str, Any]:
         raise JobError(
             f"parity: {report.num_mismatches} of {report.num_rows} served scores differ by more than"
             f" {report.tolerance} from the offline score of the same row, the most by {report.max_abs_diff}:\n  {shown}\n"
-            "publish the latents version that the bundle pins, and check that offline and serving run the same code"
+            "check that offline and serving run the same code, and that the audit of the joined version passes"
         )
     return {**asdict(report), "scored_request": scored}
 
@@ -111,7 +113,7 @@ def serve_forever(config: PipelineConfig, port: int, announce: Callable[[str], N
         signal.signal(number, lambda *_: stop.set())
     settings = serve_config(config, port)
     load_predictor(
-        settings.bundle, settings.online
+        settings.location, settings.online
     )  # what can not be loaded is said here, not by a dying replica
     with connect(config.ray), serving_run(config, port) as url:
         announce(url)

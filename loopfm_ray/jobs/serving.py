@@ -6,6 +6,7 @@ ingress is faster but listens on every interface, so it is left to whoever sets 
 
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ray.serve import Application
 from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.serving.api import Scorer, create_api
+from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, locate
 
 __all__ = [
     "APP_NAME",
@@ -38,7 +40,11 @@ class ServeConfig(Config):
     """Which bundle is served, with which online store, and how much it takes on."""
 
     bundle: str
-    """Folder of the VM bundle."""
+    """Folder or `s3://` address of the VM bundle."""
+    cache_dir: str = CACHE_DIR
+    """Folder for what is read from S3."""
+    cache_bytes: PositiveInt = CACHE_BYTES
+    """What that folder may hold before versions that nobody reads are removed."""
     online: str | None = None
     """Directory or `redis://` address of the online store; none for a VM without history."""
     host: str = "127.0.0.1"
@@ -55,8 +61,15 @@ class ServeConfig(Config):
     """Requests that wait at a proxy before it answers 503; -1 is without limit."""
     history_timeout_s: PositiveFloat = 0.05
     """Deadline of one look-up in a store behind a network, after which the request is scored without history."""
+    reload_s: PositiveFloat = 5.0
+    """Seconds between looks for a newer version of the bundle's space in the online store."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level of the package's log records."""
+
+    @property
+    def location(self) -> Location:
+        """Where the bundle lies."""
+        return locate(self.bundle, self.cache_dir, self.cache_bytes)
 
 
 Loader = Callable[[ServeConfig], Scorer]
@@ -66,15 +79,15 @@ def load(config: ServeConfig) -> Scorer:
     """Load the bundle and the store that `config` names and check that they belong together.
 
     Raises:
-        BundleError: the bundle is damaged, or the store has another version than the bundle was trained with.
-        StoreError: there is no such store.
+        BundleError: the bundle is damaged, or the store is not of the space that the bundle was trained in.
+        StoreError: there is no such store, or it does not hold that space.
     """
     import torch  # in the replica alone
 
     from loopfm_ray.serving.predictor import load_predictor
 
     torch.set_num_threads(1)
-    return load_predictor(config.bundle, config.online, config.history_timeout_s)
+    return load_predictor(config.location, config.online, config.history_timeout_s)
 
 
 def build_app(config: ServeConfig, loader: Loader = load) -> Application:
@@ -119,6 +132,22 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def follow(scorer: Scorer, every_s: float, stopped: Callable[[float], bool] | None = None) -> None:
+    """Let `scorer` look for newer histories every `every_s` seconds, beside its requests.
+
+    Args:
+        scorer: to reload.
+        every_s: how long to wait before each look.
+        stopped: waits so many seconds and tells whether to end; None waits by the clock and never ends.
+    """
+    wait = stopped or threading.Event().wait
+    while not wait(every_s):
+        try:
+            scorer.reload()
+        except Exception:  # the edge of the thread: scoring goes on with what it has
+            _LOGGER.exception("looking for newer histories failed")
+
+
 _THREADS = {"OMP_NUM_THREADS": "1"}
 
 
@@ -128,6 +157,10 @@ class _Replica:
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
         log.setup(config.log_level)
         self._scorer = loader(config)
+        follower = threading.Thread(
+            target=follow, args=(self._scorer, config.reload_s), daemon=True
+        )
+        follower.start()
 
     # Any: an ASGI application, as Serve asks for it once the constructor is done.
     async def __serve_build_asgi_app__(self) -> Any:

@@ -3,20 +3,22 @@
 Up to date means: made by the same code, from the same settings and the same input versions.
 """
 
-import shutil
+import json
+import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from loopfm_ray.config import config_hash
+from loopfm_ray.data.log import log_files
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.data.split import Splits
-from loopfm_ray.errors import JobError, StoreError
+from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.jobs.context import Context, current, needed, splits_of
 from loopfm_ray.jobs.evaluate import (
     EvaluationRecord,
     evaluate_fm,
@@ -24,96 +26,88 @@ from loopfm_ray.jobs.evaluate import (
     read_record,
     write_record,
 )
-from loopfm_ray.jobs.mapping import Progress, RayMapper
-from loopfm_ray.jobs.materialize import materialize
+from loopfm_ray.jobs.freshness import joined_freshness
+from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
-from loopfm_ray.store.manifest import MANIFEST, Manifest, code_version, read_manifest
+from loopfm_ray.store.filesystem import Location, absolute, is_remote, remove_tree
+from loopfm_ray.store.manifest import (
+    Manifest,
+    code_version,
+    read_manifest,
+)
 from loopfm_ray.store.publish import publish
+from loopfm_ray.store.space import Space
+from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
 __all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of"]
 
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage gets."""
-
-    config: PipelineConfig
-    progress: Progress
-    fresh: bool = False
-
-    def mapper(self, stage: str) -> RayMapper:
-        """Return a mapper over the cluster that reports as `stage`."""
-        return RayMapper(self.config.ray.parallel_tasks, stage, self.progress)
-
-
-def splits_of(config: PipelineConfig) -> Splits:
-    """Return the windows of the prepared data of a run."""
-    return config.data.split.ranges(*PreparedData.open(config.paths.prepared).log_range)
-
-
-def _current(path: Path, settings_hash: str, inputs: dict[str, str]) -> Manifest | None:
-    """Return the version at `path` if it is what would be written again, else None."""
-    if not (path / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(path)
-    same = manifest.config_hash == settings_hash and manifest.code_version == code_version()
-    return manifest if same and manifest.inputs == inputs else None
-
-
-def _needed(path: Path, stage: str) -> Manifest:
-    try:
-        return read_manifest(path)
-    except StoreError as error:
-        raise StoreError(
-            f"{path} is not there; run `loopfm {stage}` with the same config first"
-        ) from error
+_LOGGER = logging.getLogger(__name__)
 
 
 def run_prepare(context: Context) -> dict[str, Any]:
     """Write the prepared version."""
     config, path = context.config, context.config.paths.prepared
-    manifest = None if context.fresh else _current(path, config_hash(config.data), {})
+    read = config.paths.records / "log.json"
+    manifest = None
+    if _is_same_log(config, read) and not context.fresh:
+        manifest = current(path, config_hash(config.data), {})
     if manifest is None:
         context.progress("prepare", 0, 1)
-        manifest = prepare(config.data, path, mapper=context.mapper("prepare"), replace_other=True)
+        text = json.dumps(log_files(config.data), indent=1, sort_keys=True)
+        manifest = prepare(
+            config.data, path, mapper=context.mapper("prepare", writes=True), replace_other=True
+        )
+        write_atomically(read, lambda staged: staged.write_text(text, encoding="utf-8"))
     return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
+
+
+def _is_same_log(config: PipelineConfig, read: Path) -> bool:
+    """Return whether the files of the log are those that were prepared, by the note in `read`.
+
+    What another machine put into a store on S3 stands: this one need not have the log at all.
+    """
+    if read.is_file():
+        known: dict[str, Any] = json.loads(read.read_text(encoding="utf-8"))
+        return log_files(config.data) == known
+    return is_remote(config.paths.versions) or log_files(config.data) == {}
 
 
 def run_train_fm(context: Context) -> dict[str, Any]:
     """Write an FM snapshot for each seed."""
     config, result = context.config, {}
-    prepared = _needed(config.paths.prepared, "prepare")
+    prepared = needed(config.paths.prepared, "prepare")
     splits = splits_of(config)
     for seed in config.seeds:
         path = config.paths.fm(seed)
         settings = config_hash(config.fm, asdict(splits), config.data.past.max_len, seed)
         inputs = {"prepared": prepared.version}
-        if context.fresh or _current(path, settings, inputs) is None:
-            work = config.paths.work / f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
-            _clear(work, context.fresh)
+        if context.fresh or current(path, settings, inputs) is None:
+            key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
+            work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
+            if context.fresh:
+                _clear(work, checkpoints)
             train_fm(
                 config.paths.prepared,
                 path,
                 work,
+                checkpoints,
                 FmSettings(config.fm, splits, config.data.past.max_len, seed, settings),
                 context.progress,
             )
-            _keep_curves(work, config.paths.seed(seed) / "curves" / f"{MODEL_FM}.jsonl")
+            _clear(work, checkpoints)
         result[f"seed={seed}"] = read_manifest(path).meta["snapshot_id"]
     return result
 
 
 def run_materialize(context: Context) -> dict[str, Any]:
-    """Write the latents version of each seed."""
+    """Write the latents version of each seed; say how much of it was made for it and how much was taken over."""
     config, result = context.config, {}
     for seed in config.seeds:
-        _needed(config.paths.fm(seed), "train-fm")
-        if context.fresh:
-            shutil.rmtree(config.paths.latents(seed), ignore_errors=True)
+        needed(config.paths.fm(seed), "train-fm")
         manifest = materialize(
             config.paths.prepared,
             config.paths.fm(seed),
@@ -121,9 +115,29 @@ def run_materialize(context: Context) -> dict[str, Any]:
             delay_us=config.history.delay_us,
             num_workers=config.ray.parallel_tasks,
             progress=context.progress,
+            scope=_scope(context, seed),
         )
-        result[f"seed={seed}"] = {"version": manifest.version, "rows": manifest.num_rows}
+        result[f"seed={seed}"] = {
+            "version": manifest.version,
+            "content": manifest.content,
+            "rows": manifest.num_rows,
+            "reused": manifest.record["num_reused"],
+            "redone": manifest.record["num_redone"],
+            "late_events": manifest.record.get("num_late_events", 0),
+        }
     return result
+
+
+def _scope(context: Context, seed: int) -> Scope:
+    """Return what is made again, and where shards wait for their upload."""
+    config = context.config
+    return Scope(
+        redo=context.redo,
+        keep_us=config.history.keep_us,
+        is_fresh=context.fresh,
+        scratch=config.scratch(seed),
+        is_scratch_shared=config.scratch_dir is not None,
+    )
 
 
 def run_join(context: Context) -> dict[str, Any]:
@@ -131,27 +145,33 @@ def run_join(context: Context) -> dict[str, Any]:
     config, result = context.config, {}
     splits = splits_of(config)
     window = TimeRange(splits.vm.start_ts, splits.test.stop_ts)
-    settings = JoinSettings(config.history.max_len, config.history.retention_us)
+    settings = JoinSettings(
+        config.history.max_len, config.history.retention_us, config.history.block_rows
+    )
     for seed in config.seeds:
-        latents = _needed(config.paths.latents(seed), "materialize")
+        latents = needed(config.paths.latents(seed), "materialize")
         prepared = read_manifest(config.paths.prepared)
-        inputs = {"prepared": prepared.version, "latents": latents.version}
+        inputs = {"prepared": prepared.version, "latents": latents.content}
         hashed = config_hash(
             settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
         )
-        manifest = None if context.fresh else _current(config.paths.joined(seed), hashed, inputs)
+        manifest = None if context.fresh else current(config.paths.joined(seed), hashed, inputs)
         if manifest is None:
             manifest = write_joined(
-                config.paths.prepared.absolute(),
-                str(config.paths.latents(seed).absolute()),
-                config.paths.joined(seed).absolute(),
+                absolute(config.paths.prepared),
+                absolute(config.paths.latents(seed)),
+                absolute(config.paths.joined(seed)),
                 window,
                 settings,
-                mapper=context.mapper("join"),
+                mapper=context.mapper("join", writes=True),
                 replace_other=True,
             )
         shown = ("coverage", "mean_length", "staleness_s")
+        fresh = joined_freshness(config, seed)
+        for alarm in fresh["alarms"]:
+            _LOGGER.warning("seed %d: %s", seed, alarm)
         result[f"seed={seed}"] = {name: manifest.meta[name] for name in shown}
+        result[f"seed={seed}"] |= {name: fresh[name] for name in ("coverage_by_age", "alarms")}
     return result
 
 
@@ -159,7 +179,7 @@ def run_audit(context: Context) -> dict[str, Any]:
     """Recompute a sample of the joined version of the first seed; stop the run if it leaks."""
     config = context.config
     seed = config.seeds[0]
-    _needed(config.paths.joined(seed), "join")
+    needed(config.paths.joined(seed), "join")
     context.progress("audit", 0, 1)
     report = _audit(config, seed)
     context.progress("audit", 1, 1)
@@ -167,6 +187,7 @@ def run_audit(context: Context) -> dict[str, Any]:
     return {
         "num_checked": report.num_checked,
         "num_leaks": report.num_leaks,
+        "num_entries": report.num_entries,
         "margin_s": report.margin_s,
     }
 
@@ -174,7 +195,9 @@ def run_audit(context: Context) -> dict[str, Any]:
 def _audit(config: PipelineConfig, seed: int) -> AuditReport:
     return audit(
         config.paths.joined(seed),
-        str(config.paths.latents(seed)),
+        config.paths.latents(seed),
+        config.paths.prepared,
+        config.paths.fm(seed),
         sample=config.audit.sample,
         seed=seed,
     )
@@ -187,7 +210,7 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
     fields = tuple(field.name for field in config.data.vm_schema(data.schema).fields)
     jobs = []
     for seed in config.seeds:
-        joined = _needed(config.paths.joined(seed), "join")
+        joined = needed(config.paths.joined(seed), "join")
         for name, stage in config.vms.items():
             settings = config_hash(stage, asdict(splits), fields, config.data.past.max_len, seed)
             inputs = {"prepared": data.manifest.version, "joined": joined.version}
@@ -195,10 +218,11 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
             jobs.append(
                 VmJob(
                     name=name,
-                    prepared=config.paths.prepared.absolute(),
-                    joined=config.paths.joined(seed).absolute(),
-                    out_dir=config.paths.vm(seed, name).absolute(),
+                    prepared=absolute(config.paths.prepared),
+                    joined=absolute(config.paths.joined(seed)),
+                    out_dir=absolute(config.paths.vm(seed, name)),
                     work_dir=(config.paths.work / f"{name}-{seed}-{key}").absolute(),
+                    checkpoints=absolute(config.paths.checkpoints(f"{name}-{seed}-{key}")),
                     config=stage,
                     splits=splits,
                     fields=fields,
@@ -210,13 +234,6 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
     return jobs
 
 
-def _vm_inputs(job: VmJob) -> dict[str, str]:
-    return {
-        "prepared": read_manifest(job.prepared).version,
-        "joined": read_manifest(job.joined).version,
-    }
-
-
 def run_train_vm(context: Context) -> dict[str, Any]:
     """Train every VM under every seed, several side by side."""
     config = context.config
@@ -224,15 +241,15 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     todo = [
         job
         for job in jobs
-        if context.fresh or _current(job.out_dir, job.config_hash, _vm_inputs(job)) is None
+        if context.fresh or current(job.out_dir, job.config_hash, job.inputs) is None
     ]
     # the slow ones first, so that the last one does not run alone for long
     todo.sort(key=lambda job: job.config.model.history.kind == "none")
-    for job in todo:
-        _clear(job.work_dir, context.fresh)
+    for job in todo if context.fresh else ():
+        _clear(job.work_dir, job.checkpoints)
     train_vms(todo, config.ray.parallel_tasks, context.progress)
     for job in todo:
-        _keep_curves(job.work_dir, config.paths.seed(job.seed) / "curves" / f"{job.name}.jsonl")
+        _clear(job.work_dir, job.checkpoints)
     return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
 
 
@@ -247,17 +264,17 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     splits = splits_of(config)
     todo: list[tuple[Path, str, Callable[[], EvaluationRecord]]] = []
     for seed in config.seeds:
-        snapshot, joined = config.paths.fm(seed).absolute(), config.paths.joined(seed).absolute()
-        key = config_hash(_needed(snapshot, "train-fm").version, _needed(joined, "join").version)
+        snapshot, joined = absolute(config.paths.fm(seed)), absolute(config.paths.joined(seed))
+        key = config_hash(needed(snapshot, "train-fm").version, needed(joined, "join").version)
 
         def measure_fm(
-            snapshot: Path = snapshot, joined: Path = joined, seed: int = seed
+            snapshot: Location = snapshot, joined: Location = joined, seed: int = seed
         ) -> EvaluationRecord:
             return evaluate_fm(snapshot, joined, splits.vm_valid, splits.test, seed)
 
         todo.append((evaluation_path(config, seed, MODEL_FM), key, measure_fm))
     for job in vm_jobs(config):
-        key = config_hash(_needed(job.out_dir, "train-vm").version)
+        key = config_hash(needed(job.out_dir, "train-vm").version)
         path = evaluation_path(config, job.seed, job.name)
         todo.append((path, key, lambda job=job: evaluate_vm(job)))  # type: ignore[misc]
     todo = [item for item in todo if context.fresh or not _is_measured(item[0], item[1])]
@@ -289,37 +306,38 @@ def _read(path: Path) -> EvaluationRecord:
 
 
 def run_publish(context: Context) -> dict[str, Any]:
-    """Export the served VM's bundle and publish its histories."""
+    """Export the served VM's bundle and publish the histories of its space."""
     config = context.config
     seed = config.seeds[0]
     context.progress("publish", 0, 2)
-    bundle = export_bundle(config)
+    latents = needed(config.paths.latents(seed), "materialize")
+    bundle = export_bundle(config, Space.of_meta(latents.meta))
     context.progress("publish", 1, 2)
     users = PreparedData.open(config.paths.prepared).users.keys
     live = publish(
-        str(config.paths.latents(seed)),
+        config.paths.latents(seed),
         users,
-        config.paths.online,
+        config.online_target,
         config.online.max_events_per_user,
     )
     context.progress("publish", 2, 2)
-    return {"bundle": bundle.version, "histories": live}
+    space = Space.of_meta(latents.meta).id
+    return {"bundle": bundle.version, "histories": live, "space": space}
 
 
-def export_bundle(config: PipelineConfig) -> Manifest:
-    """Write the bundle of the VM that is served, from the first seed."""
+def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
+    """Write the bundle of the VM that is served, from the first seed; its histories have to be of `space`."""
     seed, name = config.seeds[0], config.online.model
     data = PreparedData.open(config.paths.prepared)
-    trained_manifest = _needed(config.paths.vm(seed, name), "train-vm")
+    trained_manifest = needed(config.paths.vm(seed, name), "train-vm")
     trained = load_trained_vm(config.paths.vm(seed, name))
-    joined = read_manifest(config.paths.joined(seed))
     names = {field.name for field in trained.schema.fields}
     spec = BundleSpec(
         name=name,
         vm=trained.config,
         schema=trained.schema,
         calibration=trained.calibration,
-        history=HistoryPin.of_joined(joined) if trained.latent_dim is not None else None,
+        history=None if trained.latent_dim is None else _pin(config, trained_manifest, space),
         derive=tuple(item for item in config.data.derive if item in names),
         sequence_len=config.data.sequence_len,
     )
@@ -327,19 +345,22 @@ def export_bundle(config: PipelineConfig) -> Manifest:
     return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
 
 
-def _clear(work: Path, fresh: bool) -> None:
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
+def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:
+    """Return the history that a VM was trained with: the lineage is its own, whatever was joined since."""
+    found = trained.inputs.get("space", "(none, by older code)")
+    if found != space.id:
+        raise StoreError(
+            f"the VM was trained in space {found}, the latents of the run are of {space.id}: another"
+            " snapshot or delay made them; run `loopfm join` and `loopfm train-vm` first"
+        )
+    joined = HistoryPin.of_joined(read_manifest(config.paths.joined(config.seeds[0])))
+    return replace(joined, space=space, latents_version=trained.inputs["latents"])
 
 
-def _keep_curves(work: Path, path: Path) -> None:
-    """Move the learning curves to where the report finds them and drop the checkpoints."""
-    source = work / "metrics.jsonl"
-    if not source.is_file():
-        raise JobError(f"the training wrote no {source}; look at the log of its workers")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, path)
-    shutil.rmtree(work)
+def _clear(work: Path, checkpoints: Location) -> None:
+    """Remove what a training kept while it ran."""
+    remove_tree(work)
+    remove_tree(checkpoints)
 
 
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {

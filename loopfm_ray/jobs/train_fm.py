@@ -32,6 +32,7 @@ from loopfm_ray.models.bottleneck import (
     fit_bottleneck,
 )
 from loopfm_ray.models.foundation import FoundationModel, build_fm
+from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.train.embed import embedding_chunks
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import TimeRange
@@ -57,8 +58,8 @@ class FmSettings:
 class FmJob:
     """One FM training, as its workers get it."""
 
-    prepared: Path
-    out_dir: Path
+    prepared: Location
+    out_dir: Location
     metrics_file: Path
     settings: FmSettings
     buckets: tuple[tuple[int, ...], ...]
@@ -76,18 +77,22 @@ class FmJob:
 
 
 def train_fm(
-    prepared: Path,
-    out_dir: Path,
+    prepared: Location,
+    out_dir: Location,
     work_dir: Path,
+    checkpoints: Location,
     settings: FmSettings,
     progress: Progress = silent,
 ) -> None:
     """Train the FM on the FM window and write its snapshot at `out_dir`; a killed run goes on from its checkpoint.
 
+    The workers read `prepared` and write `out_dir` and `checkpoints`, wherever they run; `work_dir` is of this machine.
+
     Raises:
         LoopFMError: what a worker raised.
         JobError: the workers failed otherwise.
     """
+    prepared, out_dir = absolute(prepared), absolute(out_dir)
     data, config, splits = PreparedData.open(prepared), settings.config, settings.splits
     counts = count_known(data.examples.files(splits.fm_train), splits.fm_train, splits.fm.stop_ts)
     sizes = [counts.get(bucket, 0) for bucket in range(data.num_buckets)]
@@ -97,8 +102,8 @@ def train_fm(
     )
     work_dir.mkdir(parents=True, exist_ok=True)
     job = FmJob(
-        prepared=prepared.absolute(),
-        out_dir=out_dir.absolute(),
+        prepared=prepared,
+        out_dir=out_dir,
         metrics_file=(work_dir / "metrics.jsonl").absolute(),
         settings=settings,
         buckets=tuple(tuple(share) for share in shares),
@@ -108,7 +113,7 @@ def train_fm(
         _worker,
         train_loop_config={"job": job},
         scaling_config=scaling_config(config.learning),
-        run_config=run_config(work_dir, "train"),
+        run_config=run_config(checkpoints, "train"),
         datasets={_name(rank): _dataset(data, job, rank) for rank in range(len(shares))},
         dataset_config=DataConfig(
             datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
@@ -134,7 +139,7 @@ def _dataset(data: PreparedData, job: FmJob, rank: int) -> Any:  # Any: Ray ship
     files = data.examples.files(job.splits.fm_train, job.buckets[rank])
     num_blocks = max(2, min(len(files), 1 + job.plan.num_rows[rank] // 65_536))
     return ray.data.read_parquet(
-        [str(file.path) for file in files],
+        [str(file.source) for file in files],
         columns=_columns(collate),
         override_num_blocks=num_blocks,
         partitioning=None,  # else `bucket=000` in a path replaces the column of that name
@@ -178,10 +183,19 @@ def _worker(config: dict[str, Any]) -> None:
         seed=job.settings.seed,
         metrics_file=job.metrics_file,
     )
-    report = train(task, worker)
+    report, curves = train(task, worker)
     if worker.is_first:
         record = {"rows_per_s": report.rows_per_s * worker.world_size, "train_s": report.seconds}
-        _write_snapshot(job, data, model, collate, item_fields, record)
+        snapshot = _finish_snapshot(job, data, model, collate, item_fields, record)
+        save_snapshot(
+            snapshot,
+            job.out_dir,
+            settings_hash=job.settings.config_hash,
+            inputs={"prepared": data.manifest.version},
+            record=record,
+            num_rows=sum(job.plan.num_rows),
+            curves=curves,
+        )
     # a run without a final checkpoint counts as unfinished, and the others wait for the first here
     ray.train.report({"done": 1})
 
@@ -192,20 +206,21 @@ def _blocks(rank: int) -> Iterator[Rows]:
         yield rows_of(table)
 
 
-def _write_snapshot(
+def _finish_snapshot(
     job: FmJob,
     data: PreparedData,
     model: FoundationModel,
     collate: Collator,
     item_fields: tuple[str, ...],
     record: dict[str, Any],
-) -> None:
+) -> Snapshot:
+    """Fit the bottleneck and return the snapshot; what was measured goes into `record`."""
     bottleneck, embedding = _fit_bottleneck(job, data, model, collate)
     spec = calibrate(bottleneck, embedding, job.config.bits)
     channel = channel_report(bottleneck, embedding, spec)
     record["channel"] = asdict(channel)
     record["num_parameters"] = sum(value.numel() for value in model.parameters())
-    snapshot = Snapshot(
+    return Snapshot(
         model,
         bottleneck,
         SnapshotSpec(
@@ -218,14 +233,6 @@ def _write_snapshot(
             embedding_layer=job.config.embedding_layer,
             code_spec=spec,
         ),
-    )
-    save_snapshot(
-        snapshot,
-        job.out_dir,
-        settings_hash=job.settings.config_hash,
-        inputs={"prepared": data.manifest.version},
-        record=record,
-        num_rows=sum(job.plan.num_rows),
     )
 
 

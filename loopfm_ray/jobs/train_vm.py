@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from loopfm_ray.data.collate import Collator, HistorySource, LatentHistorySource, RawHistorySource
 from loopfm_ray.data.examples import ExampleSet
-from loopfm_ray.data.prepared import PreparedData, read_history
+from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits
 from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
@@ -34,7 +34,9 @@ from loopfm_ray.jobs.training import (
 )
 from loopfm_ray.metrics.calibration import fit_platt
 from loopfm_ray.models.vertical import build_vm
+from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
@@ -47,7 +49,7 @@ class VmData:
     """The joined set as one kind of VM reads it."""
 
     prepared: PreparedData
-    joined: Path
+    joined: Version
     schema: FeatureSchema
     history_kind: str
     raw_max_len: int
@@ -57,12 +59,13 @@ class VmData:
         """Open the data of `job`."""
         data = PreparedData.open(job.prepared)
         schema = data.schema_as_of(job.splits.vm.stop_ts).select(job.fields)
-        return cls(data, job.joined, schema, job.config.model.history.kind, job.raw_max_len)
+        joined = open_version(job.joined, "joined")
+        return cls(data, joined, schema, job.config.model.history.kind, job.raw_max_len)
 
     @property
     def requests(self) -> ExampleSet:
         """The requests of the joined set."""
-        return ExampleSet.open(self.joined, "requests")
+        return ExampleSet.of(self.joined, "requests")
 
     @property
     def item_fields(self) -> tuple[str, ...]:
@@ -78,17 +81,14 @@ class VmData:
 
     @property
     def _spec(self) -> CodeSpec:
-        return CodeSpec.from_tree(read_manifest(self.joined).meta["code_spec"])
+        return CodeSpec.from_tree(self.joined.manifest.meta["code_spec"])
 
     def collator(self, buckets: Sequence[int]) -> Collator:
         """Return what turns rows of `buckets` into batches."""
         sources: dict[str, HistorySource] = {}
         if self.history_kind in ("latent", "both"):
-            max_len = int(read_manifest(self.joined).meta["max_len"])
-            folder = self.joined / "history"
-            tables = {
-                bucket: read_history(folder / f"bucket={bucket:03d}.arrow") for bucket in buckets
-            }
+            max_len = int(self.joined.manifest.meta["max_len"])
+            tables = read_histories(self.joined, "history", buckets)
             sources["latent"] = LatentHistorySource(tables, self._spec, max_len)
         if self.item_fields:
             events = {bucket: self.prepared.events(bucket) for bucket in buckets}
@@ -103,10 +103,11 @@ class VmJob:
     """One VM training, as its workers get it."""
 
     name: str
-    prepared: Path
-    joined: Path
-    out_dir: Path
+    prepared: Location
+    joined: Location
+    out_dir: Location
     work_dir: Path
+    checkpoints: Location
     config: VmStageConfig
     splits: Splits
     fields: tuple[str, ...]
@@ -116,8 +117,19 @@ class VmJob:
 
     @property
     def metrics_file(self) -> Path:
-        """Where the learning curves are written."""
+        """Where it is shown how far the training is."""
         return self.work_dir / "metrics.jsonl"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the VM is made from: the versions, and the space that its latents are of."""
+        joined = read_manifest(self.joined)
+        return {
+            "prepared": read_manifest(self.prepared).version,
+            "joined": joined.version,
+            "latents": joined.meta["latents_version"],
+            "space": joined.meta["space"],
+        }
 
 
 def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:
@@ -155,12 +167,11 @@ def _fit(job: VmJob) -> None:
     plan = plan_steps(
         [sum(sizes[bucket] for bucket in share) for share in shares], job.config.learning.batch_rows
     )
-    job.work_dir.mkdir(parents=True, exist_ok=True)
     TorchTrainer(
         _worker,
         train_loop_config={"job": job, "plan": plan, "buckets": shares},
         scaling_config=scaling_config(job.config.learning),
-        run_config=run_config(job.work_dir, "train"),
+        run_config=run_config(job.checkpoints, "train"),
     ).fit()
 
 
@@ -190,7 +201,7 @@ def _worker(config: dict[str, Any]) -> None:
         metrics_file=job.metrics_file,
         kd_weight=job.config.kd_weight,
     )
-    report = train(task, worker)
+    report, curves = train(task, worker)
     valid = gather_predictions(score_rows(model, collate, files, job.splits.vm_valid))
     if worker.is_first:
         record = {
@@ -211,10 +222,8 @@ def _worker(config: dict[str, Any]) -> None:
             job.out_dir,
             trained,
             config_hash=job.config_hash,
-            inputs={
-                "prepared": data.prepared.manifest.version,
-                "joined": read_manifest(job.joined).version,
-            },
+            inputs=job.inputs,
             num_rows=sum(plan.num_rows),
+            curves=curves,
         )
     ray.train.report({"done": 1})

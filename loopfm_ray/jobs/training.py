@@ -24,6 +24,8 @@ from loopfm_ray.data.collate import Batch, Collator
 from loopfm_ray.data.examples import ExampleFile, Rows, iterate_rows
 from loopfm_ray.data.windows import StepPlan, rechunk, shuffle_windows
 from loopfm_ray.experiments import LearningConfig
+from loopfm_ray.store.filesystem import Location, absolute
+from loopfm_ray.train.curves import load_curves, write_curves
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
 from loopfm_ray.train.loop import Evaluation, FitReport, Hooks, Progress, fit, progress_records
 from loopfm_ray.train.optim import build_optimizer
@@ -95,11 +97,11 @@ def scaling_config(learning: LearningConfig) -> ScalingConfig:
     )
 
 
-def run_config(work_dir: Path, name: str) -> RunConfig:
+def run_config(checkpoints: Location, name: str) -> RunConfig:
     """Return where a training keeps its checkpoints; one of the same name in the same folder goes on from there."""
     return RunConfig(
         name=name,
-        storage_path=str(work_dir.absolute()),
+        storage_path=str(absolute(checkpoints)),
         failure_config=FailureConfig(max_failures=2),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
     )
@@ -114,16 +116,21 @@ def file_blocks(
     )
 
 
-def train(task: Task, worker: Worker) -> FitReport:
-    """Train the model of `task` in this worker, going on from the last checkpoint if there is one."""
+def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
+    """Train the model of `task` in this worker, going on from the last checkpoint if there is one.
+
+    Returns:
+        what the training was like, and its learning curves, which are empty but in the first worker.
+    """
     wrapped = ray.train.torch.prepare_model(task.model) if worker.world_size > 1 else task.model
     loop = task.learning.loop(task.plan.num_steps)
     state = TrainState(task.model, build_optimizer(loop.optim, task.model))
+    recorder = _Recorder(task, worker)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             load_state(state, Path(folder) / _STATE)
-    recorder = _Recorder(task, worker)
+            recorder.restore(Path(folder))
     global_rows = iter(
         np.tile(task.plan.global_sizes(), task.learning.epochs)[state.counters.step :]
     )
@@ -137,7 +144,9 @@ def train(task: Task, worker: Worker) -> FitReport:
         on_evaluation=recorder.evaluation,
     )
     total_steps = task.plan.num_steps * task.learning.epochs
-    return fit(state, (task.collate(rows) for rows in batches), objective, loop, total_steps, hooks)
+    collated = (task.collate(rows) for rows in batches)
+    report = fit(state, collated, objective, loop, total_steps, hooks)
+    return report, recorder.curves
 
 
 def _valid_metrics(task: Task) -> dict[str, float]:
@@ -175,11 +184,26 @@ def _batches(task: Task, worker: Worker) -> Iterator[Rows]:
 
 
 class _Recorder:
-    """Writes curves and checkpoints, in the first worker; the others only take part."""
+    """Keeps curves and writes checkpoints, in the first worker; the others only take part.
+
+    The curves go with the checkpoints, so a resumed training has each step once. `metrics_file` only shows the driver how
+    far the training is; a worker on another machine does not have its folder.
+    """
 
     def __init__(self, task: Task, worker: Worker) -> None:
+        self._lines: list[str] = []
         self._path, self._worker = task.metrics_file, worker
         self._total = task.plan.num_steps * task.learning.epochs
+
+        self._show("", "w")
+
+    @property
+    def curves(self) -> str:
+        return "".join(self._lines)
+
+    def restore(self, checkpoint: Path) -> None:
+        if self._worker.is_first:
+            self._lines = load_curves(checkpoint).splitlines(keepends=True)
 
     def progress(self, progress: Progress) -> None:
         self._write(progress_records(progress))
@@ -194,19 +218,21 @@ class _Recorder:
             checkpoint = None
             if self._worker.is_first:
                 save_state(state, Path(folder) / _STATE)
+                write_curves(Path(folder), self.curves)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": state.counters.step}, checkpoint=checkpoint)
 
     def _write(self, records: Sequence[tuple[int, str, str, float]]) -> None:
         if not self._worker.is_first:
             return
-        with self._path.open("a", encoding="utf-8") as stream:
-            for step, split, name, value in records:
-                record = {
-                    "step": step,
-                    "split": split,
-                    "name": name,
-                    "value": value,
-                    "total": self._total,
-                }
-                stream.write(json.dumps(record) + "\n")
+        lines = []
+        for step, split, name, value in records:
+            record = {"step": step, "split": split, "name": name, "value": value}
+            lines.append(json.dumps({**record, "total": self._total}) + "\n")
+        self._lines += lines
+        self._show("".join(lines), "a")
+
+    def _show(self, text: str, mode: str) -> None:
+        if self._worker.is_first and self._path.parent.is_dir():
+            with self._path.open(mode, encoding="utf-8") as stream:
+                stream.write(text)

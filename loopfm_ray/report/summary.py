@@ -139,19 +139,30 @@ class Channel:
 
 @dataclass(frozen=True)
 class HistoryRecord:
-    """How many requests had a history, how long it was and how old its newest event was."""
+    """How many requests had a history, how long it was and how old its newest event was.
+
+    `coverage_by_age` counts requests whose newest event is not older than the age in seconds that is its key; `alarms` are
+    the limits of the config that were broken.
+    """
 
     coverage: float | None = None
     mean_length: float | None = None
     staleness_s: dict[str, float | None] = field(default_factory=dict)
+    coverage_by_age: dict[float, float] = field(default_factory=dict)
+    alarms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Audit:
-    """How many joined rows were computed again from the stored latents, and how many saw too much."""
+    """How many joined rows were computed again, how many saw too much, and how early entries of histories were readable.
+
+    `margin_s` holds quantiles of `request_ts - available_ts` over `num_entries` entries.
+    """
 
     num_checked: int
     num_leaks: int
+    num_entries: int | None = None
+    margin_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

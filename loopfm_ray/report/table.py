@@ -87,12 +87,19 @@ def _checks(summary: Summary) -> list[str]:
         lines.append(_clean(f"transfer ratio: {summary.transfer_ratio_kind or 'baseline VM'}"))
     if summary.audit is not None:
         leaks, checked = summary.audit.num_leaks, summary.audit.num_checked
-        lines.append(f"audit: {format_count(leaks)} leaks in {format_count(checked)} rows")
+        line = f"audit: {format_count(leaks)} leaks in {format_count(checked)} rows"
+        if "min" in summary.audit.margin_s and "p50" in summary.audit.margin_s:
+            least, median = (format_seconds(summary.audit.margin_s[key]) for key in ("min", "p50"))
+            line += (
+                f"; entries were readable {least} (least) and {median} (median) before the request"
+            )
+        lines.append(line)
     if summary.parity is not None:
         largest = format_small(summary.parity.max_abs_diff)
         lines.append(f"parity: served and offline scores differ by at most {largest}")
     if summary.history is not None and summary.history.coverage is not None:
         lines.append(f"history: {format_share(summary.history.coverage)} of the requests have one")
+        lines += [_clean(f"freshness: {alarm}") for alarm in summary.history.alarms]
     return lines
 
 

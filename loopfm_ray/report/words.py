@@ -53,7 +53,8 @@ DEFINITIONS = {
     "Coverage": "Share of requests whose user has at least one visible event.",
     "Staleness": "Age of the newest visible event at the time of the request.",
     "Variance explained": "1 - squared error / variance, of the FM embedding rebuilt from what is kept.",
-    "Audit": "Joined rows computed again, slowly and independently, from the stored latents. A leak is a value that was not visible.",
+    "Audit": "Joined rows computed again, slowly and independently, from the prepared data and the stored latents. A leak is a value that was not visible.",
+    "Margin": "How long before the request an entry of its history could first be read: request_ts - available_ts. Never negative.",
     "Parity": "Largest absolute difference between the served score and the offline score of the same request and item.",
 }
 """What every word on the page means, with unit and direction."""

@@ -44,6 +44,9 @@ class Scorer(Protocol):
         """Return the body of `GET /v1/model`."""
         # Any: JSON for people and monitors, described in docs/.
 
+    def reload(self) -> bool:
+        """Read a newer version of the histories if there is one; called outside of requests."""
+
 
 def now_ts() -> int:
     """Return the time now in microseconds UTC; the only clock of the service, read at its edge."""

@@ -1,8 +1,8 @@
 """The bundle: all that serving loads for one VM, as one dataset version with checksums and no code in it.
 
 `model.safetensors` (weights), `bundle.json` (what they mean and which history they were trained with), `vocab/*.parquet`,
-`items.parquet` and `users.parquet` (row i = id i). A bundle pins the version of the latents its VM was trained with;
-`serving/predictor.py` refuses an online store of another version.
+`items.parquet` and `users.parquet` (row i = id i). A bundle pins the embedding space that its VM was trained in:
+`serving/predictor.py` takes any published version of that space and refuses all others.
 
 Vocabularies are cut to the ids that the VM knows. Only the items and users whose own fields the VM reads are kept whole:
 one that came after training has no embedding of its own, yet its price and category count, offline and online alike.
@@ -27,8 +27,11 @@ from loopfm_ray.data.vocabulary import Vocabulary
 from loopfm_ray.errors import BundleError, ConfigError, LoopFMError
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
+from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
-from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, commit, stage, verify
+from loopfm_ray.store.space import Space
 
 __all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle"]
 
@@ -38,25 +41,55 @@ _SPEC, _WEIGHTS = "bundle.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class HistoryPin:
-    """The history a VM was trained with; the online store has to hold the same."""
+    """The history that a VM reads.
 
+    Attributes:
+        space: that the latents have to be of, online and offline.
+        latents_version: that the VM was trained on; lineage, not a condition.
+        max_len: the newest so many visible events.
+        retention_us: older events are left out; None keeps all.
+    """
+
+    space: Space
     latents_version: str
-    snapshot_id: str
-    code_spec: CodeSpec
     max_len: int
     retention_us: int | None = None
+
+    @property
+    def snapshot_id(self) -> str:
+        """The snapshot that made the latents."""
+        return self.space.snapshot_id
+
+    @property
+    def code_spec(self) -> CodeSpec:
+        """How the codes are read."""
+        return self.space.code_spec
 
     @classmethod
     def of_joined(cls, manifest: Manifest) -> "HistoryPin":
         """Return the pin of the joined version that a VM was trained on."""
-        meta = manifest.meta
+        return cls.of_meta(manifest.meta)
+
+    @classmethod
+    def of_meta(cls, meta: Mapping[str, Any]) -> "HistoryPin":  # Any: JSON
+        """Return the pin from the meta of a joined version, or from what `to_meta` gave.
+
+        Raises:
+            StoreError: the meta does not tell the space.
+            KeyError: another part is missing.
+        """
         return cls(
-            latents_version=meta["latents_version"],
-            snapshot_id=meta["snapshot_id"],
-            code_spec=CodeSpec.from_tree(meta["code_spec"]),
-            max_len=int(meta["max_len"]),
-            retention_us=meta["retention_us"],
+            Space.of_meta(meta), meta["latents_version"], int(meta["max_len"]), meta["retention_us"]
         )
+
+    def to_meta(self) -> dict[str, Any]:  # Any: JSON
+        """Return the pin as a JSON tree."""
+        return {
+            **self.space.to_meta(),
+            "latents_version": self.latents_version,
+            "max_len": self.max_len,
+            "retention_us": self.retention_us,
+        }
 
 
 @dataclass(frozen=True)
@@ -108,16 +141,16 @@ class Bundle:
 
 
 def save_bundle(
-    path: Path,
+    location: Location,
     spec: BundleSpec,
     model: VerticalModel,
     prepared: PreparedData,
     inputs: Mapping[str, str],
 ) -> Manifest:
-    """Write a bundle as one version at `path`, replacing another one there.
+    """Write a bundle as one version at `location`, replacing another one there.
 
     Args:
-        path: final directory.
+        location: its final name, a directory or an `s3://` address.
         spec: what the VM is.
         model: trained weights; has to fit `spec`.
         prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
@@ -128,7 +161,7 @@ def save_bundle(
     """
     _check_weights(spec, model.state_dict())
     tree = spec_tree(spec)
-    with stage(path) as staged:
+    with stage(location) as staged:
         weights = {
             name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
         }
@@ -155,21 +188,22 @@ def save_bundle(
         )
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(location: Location) -> Bundle:
     """Load a bundle after checking every file against its checksum.
 
     Raises:
         BundleError: it is missing, damaged, of another format, or its parts do not fit together.
     """
-    path = Path(path)
     try:
-        verify(path)
-        manifest = read_manifest(path)
+        version = open_version(location)
+        manifest = version.manifest
         if manifest.kind != "bundle":
             raise BundleError(
-                f"{path} is a dataset version of kind {manifest.kind!r}, expected a bundle; give the folder that"
+                f"{location} is a dataset version of kind {manifest.kind!r}, expected a bundle; give the folder that"
                 " holds bundle.json"
             )
+        path = version.fetch()
+        verify(path)
         spec = read_spec(json.loads((path / _SPEC).read_text("utf-8")))
         weights = load_file(path / _WEIGHTS)
         sizes = _vocabulary_sizes(spec.schema)
@@ -187,9 +221,9 @@ def load_bundle(path: Path) -> Bundle:
         pa.ArrowException,
     ) as error:
         raise BundleError(
-            f"bundle {path} can not be loaded: {error}; export it again from its training run"
+            f"bundle {location} can not be loaded: {error}; export it again from its training run"
         ) from error
-    _check_sizes(path, vocabularies, sizes)
+    _check_sizes(location, vocabularies, sizes)
     model = _check_weights(spec, weights)
     model.eval()
     return Bundle(spec, manifest.version, model, vocabularies, items, users)
@@ -207,15 +241,7 @@ def spec_tree(spec: BundleSpec) -> dict[str, Any]:
         "calibration": {"slope": spec.calibration.slope, "bias": spec.calibration.bias},
         "derive": list(spec.derive),
         "sequence_len": spec.sequence_len,
-        "history": None
-        if pin is None
-        else {
-            "latents_version": pin.latents_version,
-            "snapshot_id": pin.snapshot_id,
-            "code_spec": pin.code_spec.to_tree(),
-            "max_len": pin.max_len,
-            "retention_us": pin.retention_us,
-        },
+        "history": None if pin is None else pin.to_meta(),
     }
 
 
@@ -232,19 +258,12 @@ def read_spec(tree: dict[str, Any]) -> BundleSpec:
             " bundle again with this code"
         )
     pin = tree["history"]
-    history = pin and HistoryPin(
-        pin["latents_version"],
-        pin["snapshot_id"],
-        CodeSpec.from_tree(pin["code_spec"]),
-        int(pin["max_len"]),
-        pin["retention_us"],
-    )
     return BundleSpec(
         name=tree["name"],
         vm=VmConfig.model_validate(tree["vm"]),
         schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
         calibration=PlattScaling(**tree["calibration"]),
-        history=history,
+        history=None if pin is None else HistoryPin.of_meta(pin),
         derive=tuple(tree["derive"]),
         sequence_len=int(tree["sequence_len"]),
     )
@@ -274,12 +293,12 @@ def _table_sides(schema: FeatureSchema) -> list[Side]:
 
 
 def _check_sizes(
-    path: Path, vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, int | None]
+    location: Location, vocabularies: Mapping[str, Vocabulary], sizes: Mapping[str, int | None]
 ) -> None:
     for name, size in sizes.items():
         if size is not None and len(vocabularies[name]) + 1 != size:
             raise BundleError(
-                f"bundle {path}: field {name!r} has {len(vocabularies[name]) + 1} ids in its vocabulary and {size} in"
+                f"bundle {location}: field {name!r} has {len(vocabularies[name]) + 1} ids in its vocabulary and {size} in"
                 " the schema; export it again"
             )
 

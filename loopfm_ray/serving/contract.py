@@ -122,7 +122,9 @@ class ModelInfo(_Wire):
 class FeatureInfo(_Wire):
     """What the model read besides the request."""
 
-    version: str | None = Field(description="Version of the online history; null without one.")
+    version: str | None = Field(
+        description="Latents version that the history was read from; null without one."
+    )
     snapshot_id: str | None = Field(description="FM snapshot that made the history.")
     age_s: float | None = Field(description="Age of the newest history item at the request time.")
     history_len: int

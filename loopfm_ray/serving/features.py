@@ -20,7 +20,7 @@ from loopfm_ray.data.derive import derive_context
 from loopfm_ray.data.schema import Field, Kind, Side
 from loopfm_ray.serving.bundle import Bundle, HistoryPin
 from loopfm_ray.serving.contract import ContextValue, RequestError, ScoreQuery
-from loopfm_ray.store.online import UserHistory, visible_slice
+from loopfm_ray.store.online import UserHistory, is_cut, visible_slice
 from loopfm_ray.types import MICROS_PER_S, UNKNOWN_ID
 
 __all__ = ["FeatureBuilder", "HistoryRead", "RequestFeatures", "read_history"]
@@ -60,7 +60,7 @@ def read_history(
     """Return the history that all `num_rows` rows of a request at `request_ts` share.
 
     `reason` is `not_in_store`, `nothing_visible`, `cut_in_store` (fewer events than the model reads are left of one
-    that was cut when it was published) or None.
+    that was cut when it was published, and older ones could have counted) or None.
     """
     rows = _ZERO[:0] if found is None else _visible(found, pin, request_ts)
     event_ts, codes = _ZERO[:0], np.zeros((0, pin.code_spec.num_bytes), dtype=np.uint8)
@@ -80,17 +80,17 @@ def read_history(
         latents=torch.from_numpy(gathered.latents),
     )
     age_s = (request_ts - int(event_ts[-1])) / MICROS_PER_S if len(rows) else None
-    return HistoryRead(history, len(rows), age_s, _reason(found, len(rows), pin.max_len))
+    return HistoryRead(history, len(rows), age_s, _reason(found, len(rows), pin, request_ts))
 
 
 def _visible(found: UserHistory, pin: HistoryPin, request_ts: int) -> NDArray[np.int64]:
     return visible_slice(found, request_ts, pin.max_len, pin.retention_us)
 
 
-def _reason(found: UserHistory | None, length: int, max_len: int) -> str | None:
+def _reason(found: UserHistory | None, length: int, pin: HistoryPin, request_ts: int) -> str | None:
     if found is None:
         return "not_in_store"
-    if not found.is_complete and length < max_len:
+    if is_cut(found, length, request_ts, pin.max_len, pin.retention_us):
         return "cut_in_store"
     return None if length else "nothing_visible"
 

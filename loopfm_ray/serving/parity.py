@@ -9,7 +9,6 @@ import http.client
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,12 +17,14 @@ from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Collator, HistorySource, LatentHistorySource
 from loopfm_ray.data.examples import ExampleSet, Rows, concat_rows, iterate_rows
-from loopfm_ray.data.prepared import PreparedData, read_history
+from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.errors import BundleError, DataError, JobError
-from loopfm_ray.serving.bundle import Bundle
+from loopfm_ray.serving.bundle import Bundle, HistoryPin
 from loopfm_ray.serving.contract import MAX_ITEMS, ContextValue, ScoreQuery
 from loopfm_ray.serving.predictor import Predictor, score_probs
+from loopfm_ray.store.cache import open_version
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.types import TimeRange
 
@@ -75,11 +76,16 @@ class Replay:
 
 @dataclass(frozen=True)
 class OfflineRequests:
-    """Sampled requests and the offline probability of each of their rows."""
+    """Sampled requests and the offline probability of each of their rows.
+
+    `latents_version` is the one that was joined, None for a VM without history: late labels and late events make the
+    histories of one request differ between versions of a space, so both sides have to read the same one.
+    """
 
     rows: Rows
     probs: Probs
     replays: tuple[Replay, ...]
+    latents_version: str | None
 
 
 def check_parity(
@@ -92,14 +98,15 @@ def check_parity(
     """Score the requests of `offline` and compare; over HTTP when `url` is given.
 
     Raises:
-        BundleError: the service at `url` serves another version.
+        BundleError: the service at `url` serves another bundle, or histories are read from another latents version than
+            the one that was joined.
         JobError: the service at `url` does not answer as it should.
     """
     queries = [replay.query for replay in offline.replays]
     if url is None:
-        served: Iterator[Probs] = (scored.probs for scored in predictor.score_many(queries))
+        served = _ask_predictor(predictor, queries, offline.latents_version)
     else:
-        served = ask_service(url, queries, predictor.bundle.version)
+        served = ask_service(url, queries, predictor.bundle.version, offline.latents_version)
     worst, num_bad = 0.0, 0
     shown: list[str] = []
     for replay, probs in zip(offline.replays, served, strict=True):
@@ -122,7 +129,7 @@ def check_parity(
 def load_offline(
     bundle: Bundle,
     prepared: PreparedData,
-    joined: Path,
+    joined: Location,
     time_range: TimeRange | None = None,
     num_requests: int = 200,
     seed: int = 0,
@@ -132,13 +139,13 @@ def load_offline(
     Args:
         bundle: whose model and calibration score; its tables and vocabularies are not used.
         prepared: the prepared version that was joined.
-        joined: the joined version.
+        joined: the joined version, of any latents version in the space of the bundle.
         time_range: requests outside are left out; None takes all.
         num_requests: how many are sampled, all if there are fewer.
         seed: of the sample.
 
     Raises:
-        BundleError: the joined version has another history than the bundle.
+        BundleError: the joined version is of another space, or has another history than the bundle.
         DataError: there are no requests in the range.
     """
     examples = ExampleSet.open(joined, "requests")
@@ -149,14 +156,39 @@ def load_offline(
     rows = _read_chosen(examples, time_range, columns, chosen)
     probs = score_probs(bundle, collator(rows))
     replays = tuple(_replays(bundle, prepared, rows))
-    return OfflineRequests(rows, probs, replays)
+    joined_from = read_manifest(joined).meta["latents_version"] if bundle.spec.history else None
+    return OfflineRequests(rows, probs, replays, joined_from)
 
 
-def ask_service(url: str, queries: Sequence[ScoreQuery], version: str) -> Iterator[Probs]:
+def _ask_predictor(
+    predictor: Predictor, queries: Sequence[ScoreQuery], latents_version: str | None
+) -> Iterator[Probs]:
+    for scored in predictor.score_many(queries):
+        _check_version("the predictor", scored.latents_version, latents_version)
+        yield scored.probs
+
+
+def _check_version(who: str, found: str | None, expected: str | None) -> None:
+    if found != expected:
+        raise BundleError(
+            f"{who} reads latents {found}, the joined version was made of {expected}: late events and labels make them"
+            " differ; join the live latents, or open the other version with open_version"
+        )
+
+
+def ask_service(
+    url: str, queries: Sequence[ScoreQuery], version: str, latents_version: str | None = None
+) -> Iterator[Probs]:
     """Yield the scores that the service at `url` gives to each query.
 
+    Args:
+        url: base address of the service.
+        queries: to ask, one after the other.
+        version: of the bundle that has to answer.
+        latents_version: that histories have to be read from; None for a VM without.
+
     Raises:
-        BundleError: it serves another version than `version`.
+        BundleError: another bundle answers, or histories are read from other latents.
         JobError: it does not answer with scores.
     """
     parts = urlsplit(url)
@@ -172,6 +204,7 @@ def ask_service(url: str, queries: Sequence[ScoreQuery], version: str) -> Iterat
                     f"{url} serves bundle {found}, expected {version}; deploy that bundle, or check"
                     " the one that is served"
                 )
+            _check_version(url, answer["features"]["version"], latents_version)
             yield np.asarray(answer["scores"], dtype=np.float64)
     finally:
         connection.close()
@@ -201,18 +234,24 @@ def _post(connection: http.client.HTTPConnection, url: str, query: ScoreQuery) -
     return answer
 
 
-def _sources(bundle: Bundle, joined: Path, num_buckets: int) -> dict[str, HistorySource]:
+def _sources(bundle: Bundle, joined: Location, num_buckets: int) -> dict[str, HistorySource]:
     pin = bundle.spec.history
     if pin is None:
         return {}
-    found = read_manifest(joined).meta["latents_version"]
-    if found != pin.latents_version:
-        raise BundleError(
-            f"{joined} was joined with latents {found}, the bundle was trained with {pin.latents_version}; give the"
-            " joined version of the bundle's run"
+    version = open_version(joined, "joined")
+    found = HistoryPin.of_joined(version.manifest)
+    difference = pin.space.difference(found.space)
+    if (found.max_len, found.retention_us) != (pin.max_len, pin.retention_us):
+        difference = difference or (
+            f"max_len and retention_us are {found.max_len} and {found.retention_us}, expected {pin.max_len} and"
+            f" {pin.retention_us}"
         )
-    paths = {n: joined / "history" / f"bucket={n:03d}.arrow" for n in range(num_buckets)}
-    tables = {bucket: read_history(path) for bucket, path in paths.items() if path.exists()}
+    if difference is not None:
+        raise BundleError(
+            f"{joined} has not the history that the bundle was trained with: {difference}; give a joined version of the"
+            " bundle's run"
+        )
+    tables = read_histories(version, "history", range(num_buckets))
     return {"latent": LatentHistorySource(tables, pin.code_spec, pin.max_len)}
 
 

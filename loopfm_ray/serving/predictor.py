@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +28,20 @@ from loopfm_ray.serving.contract import (
     ScoreResponse,
 )
 from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_history
-from loopfm_ray.store.codes import CodeSpec
+from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
-from loopfm_ray.store.publish import open_current
+from loopfm_ray.store.space import Space
+from loopfm_ray.store.target import SpaceFollower
 
-__all__ = ["Counters", "Predictor", "Scored", "check_store", "load_predictor", "score_probs"]
+__all__ = [
+    "Counters",
+    "Predictor",
+    "Scored",
+    "StoreSource",
+    "check_store",
+    "load_predictor",
+    "score_probs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +62,21 @@ class Counters:
     default_values: int = 0
     history_misses: int = 0
     store_failures: int = 0
+    reloads: int = 0
+    reload_failures: int = 0
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The answer to one query: [B] probabilities in the order of its items, and what they were made from."""
+    """The answer to one query: [B] probabilities in the order of its items, and what they were made from.
+
+    `latents_version` is the version that the history was read from, None for a VM without.
+    """
 
     probs: NDArray[np.float64]
     features: RequestFeatures
     history: HistoryRead | None
+    latents_version: str | None
 
     @property
     def is_unknown_user(self) -> bool:
@@ -70,21 +85,90 @@ class Scored:
         return self.features.is_unknown_user or is_missing
 
 
-class Predictor:
-    """Scores queries with one bundle. Threads may share it."""
+class StoreSource(Protocol):
+    """Where newer versions of the predictor's space come from; `SpaceFollower` is one."""
 
-    def __init__(self, bundle: Bundle, store: OnlineStore | None = None) -> None:
-        """Take a loaded bundle and, for a VM that reads a history, the store of that very version.
+    def poll(self) -> OnlineStore | None:
+        """Return the live version if it is another one than this gave last, else None.
 
         Raises:
-            BundleError: the store is missing or holds another version.
+            StoreError: there is none, or it can not be opened.
+        """
+        ...
+
+
+class Predictor:
+    """Scores queries with one bundle. Threads may share it.
+
+    A request takes the store once and reads all of its history from it, so `reload` in another thread never mixes two
+    versions in one answer.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        store: OnlineStore | None = None,
+        source: StoreSource | None = None,
+    ) -> None:
+        """Take a loaded bundle and, for a VM that reads a history, a store of its space.
+
+        Args:
+            bundle: what scores.
+            store: any version of the space that the VM was trained in.
+            source: asked by `reload` for a newer one; None keeps `store` for good.
+
+        Raises:
+            BundleError: the store is missing or of another space.
         """
         check_store(bundle, store)
         self.bundle = bundle
         self._store = store
+        self._source = source
         self._builder = FeatureBuilder(bundle)
         self._lock = threading.Lock()
+        self._reload_lock = threading.Lock()
+        self._last_failure = ""
         self.counters = Counters()
+
+    @property
+    def latents_version(self) -> str | None:
+        """The version that histories are read from now, None for a VM without."""
+        return self._store.version if self._store and self.bundle.spec.history else None
+
+    def reload(self) -> bool:
+        """Switch to the live version of the space if it is another one; return whether it was.
+
+        Call it from time to time, outside of requests: `jobs/serving.py` does. A failure leaves the present version in
+        place and is logged and counted; requests under way end with the version they began with.
+        """
+        if self._source is None:
+            return False
+        with self._reload_lock:
+            try:
+                store = self._source.poll()
+                if store is not None:
+                    check_store(self.bundle, store)
+            except (StoreError, BundleError) as error:
+                self._note_failure(str(error))
+                return False
+            self._last_failure = ""
+            if store is None:
+                return False
+            # the store before is not closed: a request may be reading it, and it goes with its last reader
+            self._store = store
+            with self._lock:
+                self.counters.reloads += 1
+        logger.info("histories are read from latents %s now", store.version)
+        return True
+
+    def _note_failure(self, message: str) -> None:
+        with self._lock:
+            self.counters.reload_failures += 1
+        if message != self._last_failure:  # said once, not every few seconds
+            self._last_failure = message
+            logger.warning(
+                "the histories stay as they are, the live version is no use: %s", message
+            )
 
     def score(self, query: ScoreQuery) -> Scored:
         """Return the probabilities of one query.
@@ -94,10 +178,11 @@ class Predictor:
         """
         try:
             features = self._builder.build(query)
-            batch, read = features.batch, None
-            pin = self.bundle.spec.history
-            if pin is not None:
-                read = self._read_history(query, pin)
+            batch, read, version = features.batch, None, None
+            pin, store = self.bundle.spec.history, self._store
+            if pin is not None and store is not None:
+                version = store.version
+                read = self._read_history(store, query, pin)
                 batch = self._builder.with_history(features, read)
             probs = score_probs(self.bundle, batch)
             if not np.isfinite(probs).all():
@@ -106,7 +191,7 @@ class Predictor:
             with self._lock:
                 self.counters.refused += 1
             raise
-        scored = Scored(probs, features, read)
+        scored = Scored(probs, features, read, version)
         self._count(scored)
         return scored
 
@@ -127,7 +212,7 @@ class Predictor:
             scores=scored.probs.tolist(),
             model=ModelInfo(name=self.bundle.spec.name, version=self.bundle.version),
             features=FeatureInfo(
-                version=pin.latents_version if pin else None,
+                version=scored.latents_version,
                 snapshot_id=pin.snapshot_id if pin else None,
                 age_s=read.age_s if read else None,
                 history_len=read.length if read else 0,
@@ -144,7 +229,7 @@ class Predictor:
     # Any: JSON.
     def describe(self) -> dict[str, Any]:
         """Return versions, the fields a request may carry, limits and counters."""
-        spec, pin = self.bundle.spec, self.bundle.spec.history
+        spec, pin, store = self.bundle.spec, self.bundle.spec.history, self._store
         with self._lock:
             counters = asdict(self.counters)
         return {
@@ -154,11 +239,13 @@ class Predictor:
                 "task": spec.schema.tasks[0],
             },
             "features": {
-                "version": pin.latents_version if pin else None,
+                "version": store.version if pin and store else None,
+                "trained_on": pin.latents_version if pin else None,
+                "space": pin.space.id if pin else None,
                 "snapshot_id": pin.snapshot_id if pin else None,
                 "max_len": pin.max_len if pin else 0,
                 "retention_us": pin.retention_us if pin else None,
-                "watermark_ts": self._store.meta.get("watermark_ts") if self._store else None,
+                "watermark_ts": store.meta.get("watermark_ts") if store else None,
             },
             "fields": [self._describe_field(field) for field in spec.schema.fields],
             "limits": {
@@ -190,12 +277,11 @@ class Predictor:
             "default": default,
         }
 
-    def _read_history(self, query: ScoreQuery, pin: HistoryPin) -> HistoryRead:
+    def _read_history(self, store: OnlineStore, query: ScoreQuery, pin: HistoryPin) -> HistoryRead:
         found: UserHistory | None = None
         is_failed = False
-        assert self._store is not None
         try:
-            found = self._store.get_many([query.user])[0]
+            found = store.get_many([query.user])[0]
         except StoreError as error:
             is_failed = True
             logger.warning("no history for a request, the store failed: %s", error)
@@ -226,10 +312,10 @@ def score_probs(bundle: Bundle, batch: Batch) -> NDArray[np.float64]:
 
 
 def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
-    """Check that `store` holds the history that the VM of `bundle` was trained with.
+    """Check that `store` holds histories of the space that the VM of `bundle` was trained in.
 
     Raises:
-        BundleError: there is none, or its version, snapshot or code is another.
+        BundleError: there is none, or it is of another space.
     """
     pin = bundle.spec.history
     if pin is None:
@@ -237,41 +323,39 @@ def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
     name = bundle.spec.name
     if store is None:
         raise BundleError(
-            f"VM {name!r} reads latents {pin.latents_version}; give the online store they are published in"
+            f"VM {name!r} reads latents of space {pin.space.id}; give the online store they are published in"
         )
-    found = {
-        "latents_version": store.version,
-        "snapshot_id": store.meta.get("snapshot_id"),
-        "code_spec": CodeSpec.from_tree(store.meta.get("code_spec")),
-    }
-    expected = {
-        "latents_version": pin.latents_version,
-        "snapshot_id": pin.snapshot_id,
-        "code_spec": pin.code_spec,
-    }
-    wrong = [key for key in expected if found[key] != expected[key]]
-    if wrong:
+    try:
+        found = Space.of_meta(store.meta)
+    except StoreError as error:
+        raise BundleError(f"the online store does not match VM {name!r}: {error}") from error
+    difference = pin.space.difference(found)
+    if difference is not None:
         raise BundleError(
-            f"the online store does not match VM {name!r}: {wrong[0]} is {found[wrong[0]]}, the bundle was trained"
-            f" with {expected[wrong[0]]}; publish that version, or load the bundle trained on the live one"
+            f"the online store does not match VM {name!r}: it holds latents of space {found.id}, the VM was trained in"
+            f" {pin.space.id}; {difference}; open that space, or load a bundle trained in this one"
         )
 
 
 def load_predictor(
-    bundle: str | Path, online: str | Path | None = None, history_timeout_s: float = 0.05
+    bundle: Location, online: str | Path | None = None, history_timeout_s: float = 0.05
 ) -> Predictor:
-    """Load the bundle at `bundle` and open the live version of the online store at `online`.
+    """Load the bundle at `bundle` and open the live version of its space in the online store at `online`.
+
+    `reload` of the predictor follows what is published in that space later.
 
     Args:
-        bundle: folder of the bundle.
+        bundle: folder or `s3://` address of the bundle.
         online: a directory or `redis://` address; not opened for a VM without history.
         history_timeout_s: deadline of one look-up in a store behind a network.
 
     Raises:
-        BundleError: the bundle is damaged, or the store is not the one it was trained with.
-        StoreError: nothing is published at `online`.
+        BundleError: the bundle is damaged, or the store is not of its space.
+        StoreError: nothing is published at `online` in the space of the bundle.
     """
-    loaded = load_bundle(Path(bundle))
-    if loaded.spec.history is None or online is None:
+    loaded = load_bundle(bundle)
+    pin = loaded.spec.history
+    if pin is None or online is None:
         return Predictor(loaded)
-    return Predictor(loaded, open_current(online, timeout_s=history_timeout_s))
+    source = SpaceFollower(online, pin.space.id, timeout_s=history_timeout_s)
+    return Predictor(loaded, source.poll(), source)

@@ -7,10 +7,12 @@ commit has a folder of its own.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from loopfm_ray.errors import StoreError
-from loopfm_ray.store.filesystem import Location, filesystem, join, read_bytes
+from loopfm_ray.store.filesystem import Location, is_remote, join, read_bytes
+from loopfm_ray.store.s3 import S3Folder
 
 __all__ = [
     "FORMAT_VERSION",
@@ -19,6 +21,7 @@ __all__ = [
     "Manifest",
     "digest",
     "file_location",
+    "find_manifest",
     "manifest_text",
     "parse_manifest",
     "read_manifest",
@@ -72,6 +75,14 @@ class Manifest:
     previous_data: str = ""
 
     @property
+    def content(self) -> str:
+        """What names the rows, however they are laid out in files; `version` where that makes no difference.
+
+        Two latents versions of one content give the same to every reader, so what was made from one holds for the other.
+        """
+        return str(self.meta.get("content", self.version))
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(entry.num_bytes for entry in self.files)
@@ -83,17 +94,28 @@ def read_manifest(location: Location) -> Manifest:
     Raises:
         StoreError: there is none, it is damaged, or its format is not known.
     """
-    try:
-        data = read_bytes(join(location, MANIFEST))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    manifest = find_manifest(location)
+    if manifest is None:
         raise StoreError(
             f"{location} is no dataset version: it has no {MANIFEST}; run the step that writes it, or correct the path"
-        ) from error
+        )
+    return manifest
+
+
+def find_manifest(location: Location) -> Manifest | None:
+    """Return the manifest of the version at a local directory or `s3://` address, None if there is none.
+
+    Raises:
+        StoreError: it can not be read, it is damaged, or its format is not known.
+    """
+    try:
+        return parse_manifest(read_bytes(join(location, MANIFEST)), location)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise StoreError(
             f"{join(location, MANIFEST)} can not be read: {error}; check access to it"
         ) from error
-    return parse_manifest(data, location)
 
 
 def parse_manifest(data: bytes, location: Location) -> Manifest:
@@ -143,10 +165,8 @@ def verify(location: Location) -> None:
     manifest = read_manifest(location)
     for entry in manifest.files:
         where = file_location(location, manifest, entry.path)
-        system, path = filesystem(where)
         try:
-            with system.open_input_stream(path) as stream:
-                num_bytes, sha256 = digest(stream)
+            num_bytes, sha256 = _digest_file(where)
         except OSError as error:
             raise StoreError(
                 f"{where} of version {manifest.version} can not be read: {error}; write the version again"
@@ -158,7 +178,7 @@ def verify(location: Location) -> None:
             )
 
 
-def digest(stream: Any) -> tuple[int, str]:  # Any: a Python or a pyarrow file
+def digest(stream: BinaryIO) -> tuple[int, str]:
     """Return size and sha256 of what is left in an open binary file."""
     sha256 = hashlib.sha256()
     num_bytes = 0
@@ -166,6 +186,17 @@ def digest(stream: Any) -> tuple[int, str]:  # Any: a Python or a pyarrow file
         sha256.update(block)
         num_bytes += len(block)
     return num_bytes, sha256.hexdigest()
+
+
+def _digest_file(location: Location) -> tuple[int, str]:
+    if not is_remote(location):
+        with Path(str(location)).open("rb") as stream:
+            return digest(stream)
+    folder, _, name = str(location).rpartition("/")
+    found = S3Folder.of(folder).digest(name)
+    if found is None:
+        raise FileNotFoundError("there is no such object")
+    return found
 
 
 def version_id(manifest: Manifest) -> str:

@@ -1,24 +1,41 @@
 """The default online store: one read-only LMDB file per version, mapped into the process.
 
 Readers share the page cache, take no lock and copy nothing; a version never changes once it is published.
+
+A target is a directory: `spaces/SPACE/versions/NAME/` holds one published version, and `spaces/SPACE/CURRENT`, a text file
+with the name of the live one, is replaced in one step once that is complete. Killed at any point, readers still see the
+version before; a rerun completes the new one. The newest versions stay, for readers that have yet to switch.
 """
 
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import lmdb
 
+from loopfm_ray.config import config_hash
 from loopfm_ray.errors import StoreError
-from loopfm_ray.store.manifest import disk_errors, read_manifest
-from loopfm_ray.store.online import UserHistory, unpack_history
+from loopfm_ray.store.manifest import (
+    MANIFEST,
+    commit,
+    disk_errors,
+    read_manifest,
+    recover,
+    stage,
+    sync,
+    verify,
+)
+from loopfm_ray.store.online import NUM_KEPT, UserHistory, unpack_history
+from loopfm_ray.store.tables import write_atomically
 
-__all__ = ["LmdbStore", "write_lmdb"]
+__all__ = ["LmdbStore", "LmdbTarget", "write_lmdb"]
 
 FILE = "histories.lmdb"
+_CURRENT = "CURRENT"
 _MAX_KEY_BYTES = 511
 
 
@@ -114,7 +131,7 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
         StoreError: a key is empty or too long, or the disk is full.
     """
     count = 0
-    with disk_errors(folder):
+    with _lmdb_errors(folder), disk_errors(folder):
         env = lmdb.open(
             str(folder / FILE),
             subdir=False,
@@ -135,12 +152,151 @@ def write_lmdb(folder: Path, records: Iterable[tuple[str, bytes]], map_bytes: in
                     transaction.put(name, record)
                     count += 1
             env.sync(True)
-        except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
-            free = shutil.disk_usage(folder).free
-            raise StoreError(
-                f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
-                " free some space or choose another path, then publish again"
-            ) from error
         finally:
             env.close()
     return count
+
+
+class LmdbTarget:
+    """A directory that versions are published to; one process at a time may write to it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def spaces(self) -> list[str]:
+        """Return the spaces that have a live version, sorted."""
+        pointers = (self._root / "spaces").glob(f"*/{_CURRENT}")
+        return sorted(path.parent.name for path in pointers if path.parent.name[0] != ".")
+
+    def current(self, space: str) -> str | None:
+        """Return the name of the live version of a space, None when there is none."""
+        try:
+            return (self._folder(space) / _CURRENT).read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(
+                f"{self._folder(space) / _CURRENT} can not be read: {error}; check access to it"
+            ) from error
+
+    def names(self, space: str) -> list[str]:
+        """Return the names of the whole versions of a space, sorted."""
+        folders = (self._folder(space) / "versions").glob(f"*/{MANIFEST}")
+        return sorted(path.parent.name for path in folders if path.parent.name[0] != ".")
+
+    def describe(self, space: str, name: str) -> dict[str, Any]:  # Any: JSON
+        """Return the meta of a version and `published_at`, when it was first written here."""
+        manifest = read_manifest(self._version(space, name))
+        return {**manifest.meta, "published_at": manifest.created_at}
+
+    def open(self, space: str, name: str) -> LmdbStore:
+        """Open a version.
+
+        Raises:
+            StoreError: there is none, or it is damaged.
+        """
+        return LmdbStore(self._version(space, name))
+
+    def write(
+        self,
+        space: str,
+        name: str,
+        records: Iterable[tuple[str, bytes]],
+        meta: dict[str, Any],  # Any: JSON
+        max_bytes: int,
+    ) -> None:
+        """Write a version unless it is there, make it the live one of its space, and remove all but the newest.
+
+        Raises:
+            StoreError: the version that is there is damaged, a key can not be stored, or the disk is full.
+        """
+        self._clear_retired()
+        folder = self._version(space, name)
+        recover(folder)
+        if (folder / MANIFEST).is_file():
+            verify(folder)
+        else:
+            with stage(folder) as staged:
+                num_users = write_lmdb(staged, records, max_bytes)
+                commit(
+                    staged,
+                    kind="online",
+                    config_hash=config_hash(meta["max_events_per_user"]),
+                    inputs={"latents": meta["latents_version"]},
+                    meta=meta,
+                    num_rows=num_users,
+                )
+        _switch(self._folder(space), name)
+        _remove_old(self._folder(space), name)
+
+    def remove(self, space: str) -> bool:
+        """Remove a space and what killed runs left of it; return whether there was anything.
+
+        Maps that readers have open stay readable until they let go.
+        """
+        had_rest = self._clear_retired(space)
+        folder = self._folder(space)
+        if not folder.is_dir():
+            return had_rest
+        # hidden first: no reader meets a half removed space
+        doomed = folder.parent / f".{space}.gone"
+        folder.rename(doomed)
+        sync(folder.parent)
+        shutil.rmtree(doomed)
+        return True
+
+    def close(self) -> None:
+        """Do nothing: a directory needs no closing."""
+
+    def _folder(self, space: str) -> Path:
+        return self._root / "spaces" / space
+
+    def _version(self, space: str, name: str) -> Path:
+        return self._folder(space) / "versions" / name
+
+    def _clear_retired(self, space: str = "*") -> bool:
+        """Remove what a killed `remove` left; return whether there was any."""
+        found = list((self._root / "spaces").glob(f".{space}.gone"))
+        for doomed in found:
+            shutil.rmtree(doomed)
+        return bool(found)
+
+
+def _switch(folder: Path, name: str) -> None:
+    """Make `name` the live version of the space in `folder`, in one step."""
+    write_atomically(
+        folder / _CURRENT, lambda staged: staged.write_text(f"{name}\n", encoding="utf-8")
+    )
+    for changed in (folder, folder.parent, folder.parent.parent):
+        sync(changed)
+
+
+def _remove_old(folder: Path, name: str) -> None:
+    """Remove all versions but the live one and the newest others, and what killed runs left."""
+    for leftover in folder.glob(f".{_CURRENT}.tmp-*"):
+        leftover.unlink()
+    # hidden ones sort first: what a killed run left gives its name free
+    versions = sorted(path for path in (folder / "versions").iterdir() if path.name != name)
+    whole = [path for path in versions if (path / MANIFEST).is_file() and path.name[0] != "."]
+    whole.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns, reverse=True)
+    kept = whole[: NUM_KEPT - 1]
+    with disk_errors(folder):
+        for path in versions:
+            if path not in kept:
+                # hidden first: no reader meets a half removed version
+                doomed = path.parent / f".{path.name.lstrip('.')}.gone"
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+@contextmanager
+def _lmdb_errors(folder: Path) -> Iterator[None]:
+    """Turn what LMDB raises inside the block, a full disk among it, into a StoreError."""
+    try:
+        yield
+    except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"writing {folder / FILE} failed: {error}, {free / 2**20:.0f} MiB free;"
+            " free some space or choose another path, then publish again"
+        ) from error

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loopfm_ray.errors import StoreError
-from loopfm_ray.store.filesystem import Location, is_remote
+from loopfm_ray.store.filesystem import Location, Remote, is_remote
 from loopfm_ray.store.format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -31,13 +31,14 @@ from loopfm_ray.store.format import (
     Manifest,
     digest,
     file_location,
+    find_manifest,
     manifest_text,
     read_manifest,
     verify,
     version_id,
 )
 from loopfm_ray.store.provenance import code_version
-from loopfm_ray.store.remote import claim_of, commit_folder, stage_remote
+from loopfm_ray.store.remote import claim_of, commit_folder, remove_remote, stage_remote
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,9 +50,12 @@ __all__ = [
     "disk_errors",
     "draft",
     "file_location",
+    "find_manifest",
+    "finish",
     "install",
     "read_manifest",
     "recover",
+    "remove_version",
     "stage",
     "sync",
     "verify",
@@ -65,7 +69,7 @@ _KINDS = ("prepared", "snapshot", "latents", "joined", "vm", "bundle", "run", "o
 def stage(final_dir: Location) -> Iterator[Path]:
     """Give a fresh hidden directory beside `final_dir` to write a version into; end with `commit`.
 
-    For an `s3://` address the directory lies in the local temporary folder and `commit` uploads it. On an error the
+    For an `s3://` address the directory lies in the cache of this machine and `commit` uploads it. On an error the
     directory is removed. Leftovers of killed runs of the same name are cleared first. Only one process may stage a local
     name at a time; on S3 several may, and the first to commit wins.
 
@@ -73,10 +77,10 @@ def stage(final_dir: Location) -> Iterator[Path]:
         StoreError: the disk is full, or the object store can not be reached.
     """
     if is_remote(final_dir):
-        with stage_remote(str(final_dir), _staging_name) as staged:
+        with stage_remote(Remote.of(final_dir), _staging_name) as staged:
             yield staged
         return
-    final_dir = Path(final_dir)
+    final_dir = Path(str(final_dir))
     with disk_errors(final_dir.parent):
         final_dir.parent.mkdir(parents=True, exist_ok=True)
         recover(final_dir)
@@ -123,12 +127,35 @@ def commit(
         num_rows=num_rows,
         seconds=seconds,
     )
+    return finish(staged, staged.parent / final_name, manifest, replace_other=replace_other)
+
+
+def finish(
+    staged: Path,
+    final_dir: Path,
+    manifest: Manifest,
+    *,
+    replace_other: bool = False,
+    keep_equal: bool = True,
+) -> Manifest:
+    """Write a drafted manifest into `staged` and make the directory the version, as `commit` does.
+
+    Args:
+        staged: the directory with all files; one with a claim is uploaded to where that says.
+        final_dir: the final name on a local disk.
+        manifest: from `draft`.
+        replace_other: whether another version under the final name gives way.
+        keep_equal: whether an equal one on a local disk stays; see `install`.
+
+    Raises:
+        StoreError: as `commit`, or the disk is full.
+    """
     with disk_errors(staged):
         manifest = write_manifest(staged, manifest)
         claim = claim_of(staged)
         if claim is not None:
             return commit_folder(claim, staged, manifest, replace_other=replace_other)
-        return install(staged, staged.parent / final_name, replace_other=replace_other)
+        return install(staged, final_dir, replace_other=replace_other, keep_equal=keep_equal)
 
 
 def draft(
@@ -190,11 +217,14 @@ def write_manifest(staged: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
+def install(
+    staged: Path, final_dir: Path, *, replace_other: bool, keep_equal: bool = True
+) -> Manifest:
     """Rename a directory with a manifest to its final name and return the manifest that lies there.
 
-    An equal version that is already there stays and `staged` is dropped. Another version gives way when
-    `replace_other`: it is renamed away, the new one in; a kill between the two is undone by `recover`.
+    An equal version that is already there stays and `staged` is dropped, unless `keep_equal` is False: then it gives way
+    like another, in case its files are damaged. Another version gives way when `replace_other`: it is renamed away, the
+    new one in; a kill between the two is undone by `recover`.
 
     Raises:
         StoreError: the final name holds another version, or something that is no version.
@@ -207,17 +237,22 @@ def install(staged: Path, final_dir: Path, *, replace_other: bool) -> Manifest:
                 " move it away or choose another path"
             )
         present = read_manifest(final_dir)
-        if present.version == manifest.version:
+        is_equal = present.version == manifest.version
+        if is_equal and keep_equal:
             shutil.rmtree(staged)
             return present
-        if not replace_other:
+        if not is_equal and not replace_other:
             raise StoreError(
                 f"{final_dir} holds version {present.version}, the new one is {manifest.version};"
                 " remove it, choose another path, or ask for it to be replaced"
             )
         old = final_dir.parent / f".{final_dir.name}.old-{secrets.token_hex(4)}"
         final_dir.rename(old)
-        staged.rename(final_dir)
+        try:
+            staged.rename(final_dir)
+        except OSError:
+            old.rename(final_dir)
+            raise
         sync(final_dir.parent)
         shutil.rmtree(old)
     else:
@@ -235,6 +270,22 @@ def recover(final_dir: Path) -> None:
             old.rename(final_dir)
     for leftover in final_dir.parent.glob(f".{final_dir.name}.tmp-*"):
         shutil.rmtree(leftover)
+
+
+def remove_version(location: Location) -> None:
+    """Remove the version at `location`, if there is one; readers see it whole or no more.
+
+    Raises:
+        StoreError: the object store does not answer, or the credentials may not delete.
+    """
+    if is_remote(location):
+        remove_remote(str(location))
+        return
+    final_dir = Path(str(location))
+    if final_dir.exists():
+        doomed = final_dir.parent / _staging_name(final_dir.name)
+        final_dir.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 @contextmanager

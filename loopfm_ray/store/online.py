@@ -16,13 +16,18 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.history.times import is_visible
 
 __all__ = [
+    "NUM_KEPT",
     "MemoryStore",
     "OnlineStore",
     "UserHistory",
+    "is_cut",
     "pack_history",
     "unpack_history",
     "visible_slice",
 ]
+
+NUM_KEPT = 2
+"""Versions of a space that stay online: the live one and the one before."""
 
 Ints = NDArray[np.int64]
 
@@ -82,13 +87,36 @@ def visible_slice(
 ) -> Ints:
     """Return which entries of `history` a request may see: the newest `max_len`, oldest first.
 
-    Exactly what `history.asof.newest_visible` gives offline for a history that is complete.
+    Exactly what `history.asof.newest_visible` gives offline, unless `is_cut` says that some of it was not published.
     """
     seen = is_visible(history.event_ts, history.available_ts, request_ts)
     if retention_us is not None:
         seen &= history.event_ts >= request_ts - retention_us
     rows: Ints = np.flatnonzero(seen).astype(np.int64)
     return rows[max(len(rows) - max_len, 0) :]
+
+
+def is_cut(
+    history: UserHistory,
+    num_seen: int,
+    request_ts: int,
+    max_len: int,
+    retention_us: int | None = None,
+) -> bool:
+    """Return whether a request may have lost events because the history was cut when it was published.
+
+    Args:
+        history: what the store gave.
+        num_seen: entries that `visible_slice` gave of it for the same request.
+        request_ts: of the request.
+        max_len: the longest history.
+        retention_us: events older than this at the request are left out; None keeps all.
+    """
+    if history.is_complete or num_seen >= max_len:
+        return False
+    # all that was left out is not newer than the oldest that is there
+    oldest_ts = int(history.event_ts[0]) if len(history) else request_ts
+    return retention_us is None or oldest_ts >= request_ts - retention_us
 
 
 def pack_history(history: UserHistory) -> bytes:

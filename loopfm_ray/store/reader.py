@@ -1,17 +1,26 @@
 """Read a latents version, local or on S3."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
-from loopfm_ray.errors import StoreError
 from loopfm_ray.history.order import time_order
+from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.format import file_location, read_manifest
-from loopfm_ray.store.shards import SHARDS, SORT_KEYS, latents_schema, parse_shard, shard_path
-from loopfm_ray.store.tables import read_parquet
+from loopfm_ray.store.rows import iterate_rows, latents_schema, read_rows
+from loopfm_ray.store.shards import (
+    SHARDS,
+    SORT_KEYS,
+    Place,
+    ShardFile,
+    ShardStats,
+    check_latents,
+    in_shards,
+    read_shard_table,
+)
 
 __all__ = ["LatentsReader"]
 
@@ -20,35 +29,62 @@ Table = Any
 
 
 class LatentsReader:
-    """Reads one latents version, local or on S3."""
+    """Reads one latents version, local or on S3, compacted or not."""
 
     def __init__(self, location: Location) -> None:
         """Open the version at `location`.
 
         Raises:
-            StoreError: there is none, or it is of another kind.
+            StoreError: there is none, or it is of another kind or format.
         """
         self.location = location
-        self.manifest = read_manifest(location)
-        if self.manifest.kind != "latents":
-            raise StoreError(
-                f"{location} holds a version of kind {self.manifest.kind!r}, expected 'latents';"
-                " give the directory that materialize wrote"
-            )
+        self._version = open_version(location)
+        self.manifest = self._version.manifest
+        check_latents(location, self.manifest)
         self.spec = CodeSpec.from_tree(self.manifest.meta["code_spec"])
-        self._shards = sorted(
-            parse_shard(entry.path) for entry in self.manifest.files if entry.path != SHARDS
+        self.files = sorted(
+            ShardFile.parse(entry.path) for entry in self.manifest.files if entry.path != SHARDS
         )
+
+    @cached_property
+    def shards(self) -> dict[Place, ShardStats]:
+        """What every shard holds, by `(period, bucket)`."""
+        return read_shard_table(self.location, self.manifest)
 
     @property
     def buckets(self) -> list[int]:
         """The buckets that have shards."""
-        return sorted({bucket for _, bucket in self._shards})
+        return sorted({file.bucket for file in self.files})
 
     @property
     def periods(self) -> list[int]:
         """The periods that have shards."""
-        return sorted({period for period, _ in self._shards})
+        if all(file.first == file.last for file in self.files):
+            return sorted({file.first for file in self.files})
+        return sorted({period for period, _ in self.shards})
+
+    def num_rows(self, bucket: int) -> int:
+        """Return how many rows one bucket has, from the manifest alone."""
+        return sum(
+            entry.num_rows
+            for entry in self.manifest.files
+            if entry.path != SHARDS and ShardFile.parse(entry.path).bucket == bucket
+        )
+
+    def iter_bucket(self, bucket: int, columns: Sequence[str], batch_rows: int) -> Iterator[Table]:
+        """Yield the rows of one bucket file by file, in tables of at most `batch_rows`.
+
+        Files come in the order of their periods, rows in the order of the file, columns in that of the schema.
+        """
+        sizes = {entry.path: entry.num_rows for entry in self.manifest.files}
+        for file in self.files:
+            if file.bucket != bucket:
+                continue
+            place = self._version.path(file.path)
+            if sizes[file.path] <= batch_rows:
+                yield read_rows(place, self.spec, columns)
+            else:
+                yield from iterate_rows(place, self.spec, columns, batch_rows)
 
     def read_bucket(
         self,
@@ -68,17 +104,32 @@ class LatentsReader:
         """
         schema = latents_schema(self.spec)
         wanted = list(columns) if columns is not None else schema.names
-        needed = [name for name in schema.names if name in {*wanted, *SORT_KEYS, "is_event"}]
-        parts = [
-            read_parquet(
-                file_location(self.location, self.manifest, shard_path(period, bucket)), needed
-            )
-            for period, owner in self._shards
-            if owner == bucket and (periods is None or period in periods)
-        ]
+        extra = {*SORT_KEYS, "is_event"} if events_only else {*SORT_KEYS}
+        needed = [name for name in schema.names if name in {*wanted, *extra}]
+        files = [file for file in self.files if file.bucket == bucket and _overlaps(file, periods)]
+        self._version.fetch(file.path for file in files)
+        parts = [self._read(file, needed, periods) for file in files]
         empty = pa.schema([schema.field(name) for name in needed]).empty_table()
         table = pa.concat_tables(parts) if parts else empty
         if events_only:
             table = table.filter(table.column("is_event"))
-        order = time_order(*(table.column(name).to_numpy() for name in SORT_KEYS))
-        return table.select(wanted).take(pa.array(order)).combine_chunks()
+        if len(parts) > 1:  # one file is sorted
+            order = time_order(*(table.column(name).to_numpy() for name in SORT_KEYS))
+            table = table.take(pa.array(order))
+        return table.select(wanted).combine_chunks()
+
+    def _read(self, file: ShardFile, columns: list[str], periods: Sequence[int] | None) -> Table:
+        """Return the rows of one file that lie in `periods`."""
+        table = read_rows(self._version.path(file.path), self.spec, columns)
+        if periods is None or file.first == file.last:
+            return table
+        chosen = [
+            item
+            for item in self.shards.values()
+            if item.path == file.path and item.period in periods
+        ]
+        return table.filter(pa.array(in_shards(table.column("event_ts").to_numpy(), chosen)))
+
+
+def _overlaps(file: ShardFile, periods: Sequence[int] | None) -> bool:
+    return periods is None or any(file.first <= period <= file.last for period in periods)

@@ -25,10 +25,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from loopfm_ray.errors import StoreError
+from loopfm_ray.store.filesystem import Remote
 from loopfm_ray.store.format import MANIFEST, Manifest, manifest_text, parse_manifest
-from loopfm_ray.store.s3 import S3Folder
+from loopfm_ray.store.s3 import S3Folder, in_threads
 
 __all__ = [
+    "STAGING",
     "Claim",
     "base_name",
     "claim",
@@ -37,10 +39,13 @@ __all__ = [
     "commit_folder",
     "commit_objects",
     "read_current",
+    "remove_remote",
     "stage_remote",
     "write_claim",
 ]
 
+STAGING = "staging"
+"""Folder of the cache where versions wait for the upload."""
 _CLAIM = "claim.json"
 _FOLDERS = ("data-", "work-")
 
@@ -62,9 +67,11 @@ def claim(address: str) -> Claim:
     """Return the claim of a writer that begins now, and remove what can no longer be committed.
 
     Raises:
-        StoreError: the store does not answer, or what lies there is damaged.
+        StoreError: the store does not answer, or what lies there is damaged or no version.
     """
     current = read_current(address)
+    if current is None:
+        _check_free(address)
     clean(address)
     return Claim(address, None if current is None else current[1])
 
@@ -77,6 +84,15 @@ def read_current(address: str) -> tuple[Manifest, str] | None:
     """
     found = S3Folder.of(address).read(MANIFEST)
     return None if found is None else (parse_manifest(found[0], address), found[1])
+
+
+def remove_remote(address: str) -> None:
+    """Remove the version at `address` and the folders of all commits to it, if there is one."""
+    folder = S3Folder.of(address)
+    folder.remove([MANIFEST])
+    for name in folder.folders()[0]:
+        if name.startswith(_FOLDERS):
+            folder.remove(list(folder.sizes(f"{name}/")))
 
 
 def clean(address: str) -> None:
@@ -93,16 +109,19 @@ def clean(address: str) -> None:
 
 
 @contextmanager
-def stage_remote(address: str, staging_name: Callable[[str], str]) -> Iterator[Path]:
-    """Give a fresh local directory for a version that `commit_folder` uploads to `address`.
+def stage_remote(remote: Remote, staging_name: Callable[[str], str]) -> Iterator[Path]:
+    """Give a fresh directory below the cache for a version that `commit_folder` uploads to the address of `remote`.
 
     Raises:
         StoreError: the store does not answer.
     """
+    address = remote.address
     begun = claim(address)
-    pattern = f"loopfm-{hashlib.sha256(address.encode()).hexdigest()[:16]}-"
-    _remove_dead(pattern)
-    root, lock = _make_locked(pattern)
+    folder = remote.cache_folder() / STAGING
+    folder.mkdir(exist_ok=True)
+    pattern = f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-"
+    _remove_dead(folder, pattern)
+    root, lock = _make_locked(folder, pattern)
     try:
         write_claim(begun, root)
         staged = root / staging_name(address.rstrip("/").rpartition("/")[2])
@@ -139,8 +158,10 @@ def commit_folder(
     folder = S3Folder.of(begun.address)
 
     def upload() -> None:
-        for entry in manifest.files:
-            folder.upload(staged / entry.path, f"{data}/{entry.path}")
+        in_threads(
+            lambda entry: folder.upload(staged / entry.path, f"{data}/{entry.path}"),
+            manifest.files,
+        )
 
     return commit_objects(begun, data, manifest, upload, replace_other=replace_other)
 
@@ -188,13 +209,7 @@ def _check(begun: Claim, manifest: Manifest, *, replace_other: bool) -> Manifest
     if current is None:
         if begun.etag is not None:
             raise _lost(begun, None, manifest)
-        folders, files = S3Folder.of(begun.address).folders()
-        strange = [*(name for name in folders if not name.startswith(_FOLDERS)), *files]
-        if strange:
-            raise StoreError(
-                f"{begun.address} holds {strange[0]!r} and is no dataset version (it has no {MANIFEST});"
-                " move it away or choose another path"
-            )
+        _check_free(begun.address)
         return None
     present, etag = current
     if present.version == manifest.version:
@@ -207,6 +222,18 @@ def _check(begun: Claim, manifest: Manifest, *, replace_other: bool) -> Manifest
             " remove it, choose another path, or ask for it to be replaced"
         )
     return present
+
+
+def _check_free(address: str) -> None:
+    """Make sure that nothing lies at `address` but what writers of versions leave."""
+    folders, files = S3Folder.of(address).folders()
+    strange = [name for name in folders if not name.startswith(_FOLDERS)]
+    strange += [name for name in files if name != MANIFEST]  # another writer may have been faster
+    if strange:
+        raise StoreError(
+            f"{address} holds {strange[0]!r} and is no dataset version (it has no {MANIFEST});"
+            " move it away or choose another path"
+        )
 
 
 def _check_arrived(begun: Claim, data: str, manifest: Manifest, *, replace_other: bool) -> None:
@@ -238,10 +265,10 @@ def _remove(address: str, data: str, unless: Manifest | None = None) -> None:
     folder.remove(list(folder.sizes(f"{data}/")))
 
 
-def _make_locked(pattern: str) -> tuple[Path, int]:
+def _make_locked(folder: Path, pattern: str) -> tuple[Path, int]:
     """Return a new local directory and the lock on it, which the end of this process lets go."""
     while True:
-        root = Path(tempfile.mkdtemp(prefix=pattern))
+        root = Path(tempfile.mkdtemp(prefix=pattern, dir=folder))
         lock = os.open(root, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         if root.exists():  # else another writer took it for a dead one before it was locked
@@ -249,9 +276,9 @@ def _make_locked(pattern: str) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _remove_dead(pattern: str) -> None:
+def _remove_dead(folder: Path, pattern: str) -> None:
     """Remove the local directories of writers that are gone: those whose lock is free."""
-    for root in Path(tempfile.gettempdir()).glob(f"{pattern}*"):
+    for root in folder.glob(f"{pattern}*"):
         try:
             lock = os.open(root, os.O_RDONLY)
         except FileNotFoundError:

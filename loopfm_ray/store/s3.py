@@ -2,29 +2,52 @@
 
 End point, region and credentials come from where every AWS client looks: the environment (`AWS_ENDPOINT_URL`,
 `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`), the profile, the instance. What the store answers with
-"try again" (throttling, 5xx, a broken connection) is tried `ATTEMPTS` times in all, with growing waits.
+"try again" (throttling, 5xx, a broken connection) is tried `ATTEMPTS` times in all, with growing waits. The client does
+that for requests; a body that breaks off while it is read is asked for again here.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import io
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from loopfm_ray.errors import StoreError
 
-__all__ = ["ATTEMPTS", "S3Folder", "connect"]
+__all__ = ["ATTEMPTS", "S3Folder", "check_access", "connect", "in_threads"]
+
+T = TypeVar("T")
 
 ATTEMPTS = 5
+NUM_THREADS = 8
 _TIMEOUT_S = 60
+_CONNECT_TIMEOUT_S = 5
+_BLOCK_BYTES = 1 << 20
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _LOST = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
+_REFUSED = (
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+)
 
 
 @cache
 def connect() -> Any:  # Any: boto3 ships no types
     """Return this process's client; it may be shared by threads."""
+    return _client(ATTEMPTS, _TIMEOUT_S)
+
+
+def _client(attempts: int, timeout_s: float) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -32,11 +55,39 @@ def connect() -> Any:  # Any: boto3 ships no types
     return boto3.session.Session().client(
         "s3",
         config=Config(
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            connect_timeout=10,
-            read_timeout=_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            connect_timeout=min(timeout_s, _CONNECT_TIMEOUT_S),
+            read_timeout=timeout_s,
+            max_pool_connections=2 * NUM_THREADS,
         ),
     )
+
+
+def check_access(address: str) -> None:
+    """Make sure that what lies at `address` can be listed, with few attempts, so that a mistake shows within seconds.
+
+    Raises:
+        StoreError: the store does not answer, refuses the credentials, or has no such bucket.
+    """
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    with _errors(address):
+        client = _client(2, 10)
+        try:
+            client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        finally:
+            client.close()
+
+
+def in_threads(function: Callable[[T], object], tasks: Iterable[T]) -> None:
+    """Apply `function` to each of `tasks`, some at a time; the first failure is raised once all that began have ended."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        running = [pool.submit(function, task) for task in tasks]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @dataclass(frozen=True)
@@ -66,14 +117,14 @@ class S3Folder:
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         """Return content and ETag of one object, None if there is none."""
-        with _errors(self._where(name)):
-            try:
-                answer = connect().get_object(Bucket=self.bucket, Key=self._key(name))
-                return answer["Body"].read(), str(answer["ETag"])
-            except _client_error() as error:
-                if _code(error) in _MISSING:
-                    return None
-                raise
+        sink = io.BytesIO()
+        found = self._read_into(name, sink)
+        return None if found is None else (sink.getvalue(), found[2])
+
+    def digest(self, name: str, sink: BinaryIO | None = None) -> tuple[int, str] | None:
+        """Return bytes and SHA-256 of one object, None if there is none; its content goes to `sink`, which can seek."""
+        found = self._read_into(name, sink)
+        return None if found is None else found[:2]
 
     def put(self, name: str, data: bytes) -> None:
         """Write one object, in place of another."""
@@ -148,11 +199,54 @@ class S3Folder:
                     " check that the credentials may delete"
                 )
 
+    def _read_into(self, name: str, sink: BinaryIO | None) -> tuple[int, str, str] | None:
+        """Read one object; return its bytes, SHA-256 and ETag, None if there is none."""
+        with _errors(self._where(name)):
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    answer = connect().get_object(Bucket=self.bucket, Key=self._key(name))
+                    return *_consume(answer["Body"], sink), str(answer["ETag"])
+                except _client_error() as error:
+                    if _code(error) in _MISSING:
+                        return None
+                    raise
+                except _broken_body():
+                    if attempt == ATTEMPTS:
+                        raise
+                    _wait(attempt)
+        return None
+
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
 
     def _where(self, name: str) -> str:
         return f"{self.address}/{name}"
+
+
+def _consume(body: Any, sink: BinaryIO | None) -> tuple[int, str]:  # Any: botocore ships no types
+    """Read a body to its end, into `sink` from its start; return bytes and SHA-256."""
+    sha256, num_bytes = hashlib.sha256(), 0
+    if sink is not None:
+        sink.seek(0)
+        sink.truncate()
+    for block in body.iter_chunks(_BLOCK_BYTES):
+        sha256.update(block)
+        num_bytes += len(block)
+        if sink is not None:
+            sink.write(block)
+    return num_bytes, sha256.hexdigest()
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(random.random() * 2 ** (attempt - 1))
+
+
+def _broken_body() -> tuple[Any, ...]:  # Any: botocore ships no types
+    from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+    from urllib3.exceptions import ProtocolError
+
+    # the client lets the last through where the body of an error breaks off
+    return IncompleteReadError, ResponseStreamingError, ProtocolError
 
 
 def _client_error() -> Any:  # Any: botocore ships no types
@@ -170,11 +264,35 @@ def _errors(where: str) -> Iterator[None]:
     """Turn what the client raises inside the block into a StoreError that names `where`."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
-    except (BotoCoreError, Boto3Error, ClientError) as error:
-        raise StoreError(
-            f"{where}: the object store failed: {error}; it was tried up to {ATTEMPTS} times. Check AWS_ENDPOINT_URL,"
-            " the credentials and their rights, then run again: what is done is kept"
-        ) from error
+    except (BotoCoreError, Boto3Error, ClientError, HTTPError) as error:
+        raise StoreError(f"{where}: {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    """Return what failed and what to do about it."""
+    from botocore import exceptions as known
+
+    code = _code(error) if isinstance(error, known.ClientError) else ""
+    if code == "NoSuchBucket":
+        return f"there is no such bucket ({error}); make it, or correct the address"
+    without = (
+        known.NoCredentialsError,
+        known.PartialCredentialsError,
+        known.CredentialRetrievalError,
+        known.ProfileNotFound,
+    )
+    if code in _REFUSED or isinstance(error, without):
+        return (
+            f"the object store refuses the credentials: {error}; check the environment"
+            " (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), the profile or the role, and its rights to this address"
+        )
+    if isinstance(error, known.EndpointConnectionError | known.ConnectTimeoutError):
+        return f"the object store does not answer: {error}; check AWS_ENDPOINT_URL and the network, then run again"
+    return (
+        f"the object store failed: {error}; what can be tried again was tried {ATTEMPTS} times."
+        " Run again: what is done is kept"
+    )

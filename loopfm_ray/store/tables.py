@@ -5,7 +5,7 @@ Equal tables give equal bytes. A file appears whole, by a rename, so a task that
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from loopfm_ray.store.manifest import disk_errors, sync
 __all__ = [
     "code_bytes",
     "code_column",
+    "iter_parquet",
     "map_ipc",
     "read_parquet",
+    "read_parquet_metadata",
     "write_atomically",
     "write_ipc",
     "write_parquet",
+    "write_parquet_pieces",
 ]
 
 _ROW_GROUP = 1 << 18
@@ -59,6 +62,43 @@ def write_parquet(table: Table, path: Path) -> None:
             table, str(staged), compression="zstd", row_group_size=_ROW_GROUP
         ),
     )
+
+
+def write_parquet_pieces(pieces: Iterable[Table], path: Path) -> None:
+    """Write the rows of all pieces as `write_parquet` writes one table, byte for byte, holding one row group.
+
+    Without rows no file is written.
+    """
+    groups = _regroup(pieces, _ROW_GROUP)
+    first = next(groups, None)
+    if first is None:
+        return
+
+    def write(staged: Path) -> None:
+        with pq.ParquetWriter(str(staged), first.schema, compression="zstd") as writer:
+            writer.write_table(first)
+            for group in groups:
+                writer.write_table(group)
+
+    write_atomically(path, write)
+
+
+def _regroup(pieces: Iterable[Table], num_rows: int) -> Iterator[Table]:
+    """Yield the rows of `pieces` as tables of `num_rows`, the last with the rest, each of one chunk."""
+    held: list[Table] = []
+    num_held = 0
+    for piece in pieces:
+        table = piece
+        while num_held + table.num_rows >= num_rows:
+            held.append(table.slice(0, num_rows - num_held))
+            table = table.slice(num_rows - num_held)
+            yield pa.concat_tables(held).combine_chunks()
+            held, num_held = [], 0
+        if table.num_rows:
+            held.append(table)
+            num_held += table.num_rows
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def write_ipc(table: Table, path: Path) -> None:
@@ -98,6 +138,44 @@ def read_parquet(location: Location, columns: list[str] | None = None) -> Table:
     try:
         # a single file: without this, `period=0000` in the path becomes a column
         return pq.read_table(path, columns=columns, filesystem=system, partitioning=None)
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise StoreError(f"{location} can not be read: {error}; write its version again") from error
+
+
+def read_parquet_metadata(location: Location) -> dict[bytes, bytes]:
+    """Return the key-value metadata of one Parquet file, local or on S3.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    system, path = filesystem(location)
+    try:
+        with system.open_input_file(path) as source:
+            return dict(pq.read_metadata(source).metadata or {})
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"{location} can not be read: {error}; write its version again") from error
+
+
+def iter_parquet(
+    location: Location, columns: Sequence[str] | None, batch_rows: int
+) -> Iterator[Table]:
+    """Yield the rows of one Parquet file, local or on S3, in tables of at most `batch_rows`.
+
+    Memory holds one row group of the columns at most.
+
+    Raises:
+        StoreError: the file is missing, damaged or lacks a column.
+    """
+    system, path = filesystem(location)
+    try:
+        with system.open_input_file(path) as source:
+            file = pq.ParquetFile(source)
+            lacking = sorted({*(columns or ())}.difference(file.schema_arrow.names))
+            if lacking:
+                raise KeyError(f"no columns {lacking}")
+            wanted = None if columns is None else list(columns)
+            for batch in file.iter_batches(min(batch_rows, _ROW_GROUP), columns=wanted):
+                yield pa.Table.from_batches([batch])
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise StoreError(f"{location} can not be read: {error}; write its version again") from error
 

@@ -16,8 +16,11 @@ from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.models.bottleneck import Bottleneck, BottleneckConfig, build_bottleneck
 from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
+from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
-from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, commit, stage, verify
+from loopfm_ray.train.curves import write_curves
 
 __all__ = ["Snapshot", "SnapshotSpec", "load_snapshot", "save_snapshot"]
 
@@ -95,28 +98,31 @@ class Snapshot:
 
 def save_snapshot(
     snapshot: Snapshot,
-    directory: Path,
+    location: Location,
     *,
     inputs: Mapping[str, str],
     settings_hash: str = "",
     record: Mapping[str, Any] | None = None,  # Any: JSON
     num_rows: int = 0,
+    curves: str = "",
 ) -> Manifest:
     """Write a snapshot as a version of kind `snapshot`, in place of another one there.
 
     Args:
         snapshot: what to write.
-        directory: its final name.
+        location: its final name, a directory or an `s3://` address.
         inputs: versions it was trained on, by name.
         settings_hash: of all settings that shaped the training; that of the model's configs if not given.
         record: JSON to keep with it, such as its speed and the channel report.
         num_rows: rows it was trained on.
+        curves: its learning curves, as `write_curves` takes them.
     """
     tree = {"format_version": 1, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
-    with stage(directory) as staged:
+    with stage(location) as staged:
         _save_weights(snapshot.fm, staged / _FM)
         _save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True), encoding="utf-8")
+        write_curves(staged, curves)
         return commit(
             staged,
             kind="snapshot",
@@ -134,16 +140,14 @@ def save_snapshot(
         )
 
 
-def load_snapshot(directory: Path) -> Snapshot:
+def load_snapshot(location: Location) -> Snapshot:
     """Read a snapshot, checksums checked, in evaluation mode on the CPU.
 
     Raises:
         StoreError: it is missing, damaged, or its weights do not fit its spec.
     """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    if manifest.kind != "snapshot":
-        raise StoreError(f"{directory} is a version of kind {manifest.kind!r}, expected 'snapshot'")
+    version = open_version(location, "snapshot")
+    directory = version.fetch()
     verify(directory)
     tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
     spec = SnapshotSpec.from_tree(tree)
@@ -155,7 +159,7 @@ def load_snapshot(directory: Path) -> Snapshot:
         except RuntimeError as error:
             raise StoreError(f"{directory / name} does not fit its spec: {error}") from error
         model.eval()
-    return Snapshot(fm, bottleneck, spec, tree["snapshot_id"], manifest.version)
+    return Snapshot(fm, bottleneck, spec, tree["snapshot_id"], version.manifest.version)
 
 
 def _identify(fm: nn.Module, bottleneck: nn.Module, spec: SnapshotSpec) -> str:

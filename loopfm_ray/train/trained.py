@@ -6,7 +6,6 @@ Every VM is kept like this, also one that the online store can not serve; `servi
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -15,7 +14,10 @@ from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
-from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+from loopfm_ray.store.cache import open_version
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, commit, stage, verify
+from loopfm_ray.train.curves import write_curves
 
 __all__ = ["TrainedVm", "load_trained_vm", "save_trained_vm"]
 
@@ -39,14 +41,15 @@ class TrainedVm:
 
 
 def save_trained_vm(
-    directory: Path,
+    location: Location,
     trained: TrainedVm,
     *,
     config_hash: str,
     inputs: Mapping[str, str],
     num_rows: int,
+    curves: str = "",
 ) -> Manifest:
-    """Write a VM as a version of kind `vm`, in place of another one there."""
+    """Write a VM and its learning curves as a version of kind `vm`, in place of another one there."""
     tree = {
         "vm": trained.config.model_dump(mode="json"),
         "schema": json.loads(trained.schema.to_json()),
@@ -55,13 +58,14 @@ def save_trained_vm(
         "calibration": asdict(trained.calibration),
         "record": dict(trained.record),
     }
-    with stage(directory) as staged:
+    with stage(location) as staged:
         weights = trained.model.state_dict()
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()},
             staged / _WEIGHTS,
         )
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True), encoding="utf-8")
+        write_curves(staged, curves)
         return commit(
             staged,
             kind="vm",
@@ -73,17 +77,14 @@ def save_trained_vm(
         )
 
 
-def load_trained_vm(directory: Path) -> TrainedVm:
+def load_trained_vm(location: Location) -> TrainedVm:
     """Read a VM, checksums checked, in evaluation mode on the CPU.
 
     Raises:
         StoreError: it is missing, damaged, or its weights do not fit.
     """
-    manifest = read_manifest(directory)
-    if manifest.kind != "vm":
-        raise StoreError(
-            f"{directory} is a version of kind {manifest.kind!r}, expected 'vm'; correct the path"
-        )
+    version = open_version(location, "vm")
+    directory = version.fetch()
     verify(directory)
     try:
         tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
@@ -94,7 +95,7 @@ def load_trained_vm(directory: Path) -> TrainedVm:
         model.load_state_dict(load_file(directory / _WEIGHTS))
         calibration = PlattScaling(**tree["calibration"])
     except (KeyError, TypeError, ValueError, RuntimeError, LoopFMError) as error:
-        raise StoreError(f"{directory} can not be loaded: {error}; train the VM again") from error
+        raise StoreError(f"{location} can not be loaded: {error}; train the VM again") from error
     model.eval()
     return TrainedVm(
         model, config, schema, item_fields, tree["latent_dim"], calibration, tree["record"]

@@ -29,11 +29,7 @@ def test_materialise_is_measured_against_the_bare_loop(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    rows = {
-        record["num_rows"]
-        for name in ("ours", "bare")
-        for record in found["records"][name]
-    }
+    rows = {record["num_rows"] for name in ("ours", "bare") for record in found["records"][name]}
     assert rows == {found["sizes"]["num_rows"]} == {5250}
     for key in (
         "ratio_vs_bare_loop",

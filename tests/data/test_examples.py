@@ -124,7 +124,7 @@ def test_damaged_file_is_a_store_error(tmp_path: Path) -> None:
     file.path.unlink()
     with pytest.raises(StoreError, match="can not be read"):
         read_rows([file])
-    (data.path / "items.parquet").unlink()
+    (data.version.folder / "items.parquet").unlink()
     with pytest.raises(StoreError, match="entity table"):
         _ = data.items
     with pytest.raises(StoreError, match="vocabulary"):

@@ -83,7 +83,7 @@ def test_every_example_equals_the_slow_twin(rows: list[dict[str, Any]], history:
     with tempfile.TemporaryDirectory() as folder:
         data = prepare_rows(Path(folder), rows, history_events=history)
         frame = readable_examples(data)
-        verify(data.path)
+        verify(data.version.folder)
     assert frame.height == len(rows)
     assert frame["example_id"].to_list() == list(range(len(rows)))
     assert frame["event_ts"].is_sorted()

@@ -83,7 +83,7 @@ def test_manifest_names_inputs_and_what_a_history_is(world):
     manifest = read_manifest(root / "joined")
     want = expected_histories(examples, worlds.SETTINGS)
     lengths = [len(ids) for ids in want.values()]
-    assert manifest.inputs["latents"] == read_manifest(root / "latents").version
+    assert manifest.inputs["latents"] == read_manifest(root / "latents").content
     assert manifest.inputs["prepared"] == read_manifest(root / "prepared").version
     assert manifest.num_rows == len(want)
     assert manifest.meta["max_len"] == 7
@@ -128,9 +128,11 @@ def test_requests_without_a_stored_prediction_are_counted(world, tmp_path):
     root, examples = world
     shards = [place for place in worlds.SHARDS if place != (3, 1)]
     worlds.write_latents(tmp_path / "latents", examples, shards=shards)
-    num_lost = len(worlds.shard_rows(examples, 3, 1)["user"])
+    num_asked = {period: len(worlds.shard_rows(examples, period, 1)["user"]) for period in (2, 3)}
     where = (root / "prepared", tmp_path / "latents", tmp_path / "joined")
-    with pytest.raises(StoreError, match=f"{num_lost} of {num_lost} requests of bucket 1"):
+    with pytest.raises(
+        StoreError, match=f"{num_asked[3]} of {sum(num_asked.values())} requests of bucket 1"
+    ):
         write_joined(*where, worlds.REQUESTS, worlds.SETTINGS)
     assert not (tmp_path / "joined").exists()
 

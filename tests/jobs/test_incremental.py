@@ -16,7 +16,10 @@ from loopfm_ray.jobs import materialize as job
 from loopfm_ray.jobs.materialize import Scope, ShardEmbedder, materialize
 from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck, calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
+from loopfm_ray.store.compact import compact, expire
 from loopfm_ray.store.manifest import read_manifest, verify
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.rows import read_rows
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import MICROS_PER_DAY, TimeRange
 from tests.oracles.worlds import tree_bytes
@@ -118,6 +121,61 @@ def test_new_and_late_events_give_the_bytes_of_a_full_rebuild(base, tmp_path, se
     }
 
 
+def all_buckets(folder):
+    reader = LatentsReader(folder)
+    return [reader.read_bucket(bucket) for bucket in reader.buckets]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_steps_with_compaction_and_expiry_give_the_rows_of_a_full_rebuild(
+    base, tmp_path, seed
+):
+    log = base[2]
+    ts = log.column("ts").to_numpy()
+    rng = np.random.default_rng(seed)
+    late = rng.random(log.num_rows) < 0.02
+    days, keep, known = 38.0, None, None
+    for step in [
+        "grow",
+        *rng.permutation(["grow", "grow", "late", "compact", "compact", "expire"]),
+    ]:
+        if step == "compact":
+            compact(tmp_path / "step", target_rows=int(rng.choice([60, 10**6])))
+            continue
+        if step == "expire":
+            keep = 21 * MICROS_PER_DAY
+            expire(tmp_path / "step", keep)
+            continue
+        days += float(rng.uniform(2, 8)) if step == "grow" else 0.0
+        late &= step != "late"
+        known = (ts < world.START + days * MICROS_PER_DAY) & ~late
+        make(base, tmp_path, known, tmp_path / "step", Scope(keep_us=keep))
+    stepped = read_manifest(tmp_path / "step")
+    full = make(base, tmp_path, known, tmp_path / "full", Scope(keep_us=keep))
+    verify(tmp_path / "step")
+    assert stepped.content == full.content
+    assert stepped.num_rows == full.num_rows
+    for found, want in zip(
+        all_buckets(tmp_path / "step"), all_buckets(tmp_path / "full"), strict=True
+    ):
+        assert found.equals(want)
+
+
+def test_of_a_compacted_version_only_what_changed_is_embedded(base, tmp_path):
+    log = base[2]
+    ts = log.column("ts").to_numpy()
+    make(base, tmp_path, ts < world.START + 50 * MICROS_PER_DAY, tmp_path / "step")
+    compact(tmp_path / "step")
+    stepped = make(base, tmp_path, all_rows(log), tmp_path / "step")
+    full = make(base, tmp_path, all_rows(log), tmp_path / "full")
+    assert stepped.content == full.content
+    assert stepped.record["num_reused"] > stepped.record["num_redone"] > 0
+    again = compact(tmp_path / "step")
+    assert again.content == full.content
+    # the same inputs: nothing is left to do, and the compact version stays
+    assert make(base, tmp_path, all_rows(log), tmp_path / "step").content == full.content
+
+
 def test_a_changed_item_redoes_what_read_it_though_the_examples_are_the_same(base, tmp_path):
     root, _, log = base
     make(base, tmp_path, all_rows(log), tmp_path / "step")
@@ -169,7 +227,7 @@ def test_a_backfill_redoes_its_range_and_refuses_changes_outside(base, tmp_path)
 def test_expired_periods_are_left_out_and_the_rest_is_taken_over(base, tmp_path):
     log = base[2]
     make(base, tmp_path, all_rows(log), tmp_path / "step")
-    scope = Scope(retention_us=20 * MICROS_PER_DAY)
+    scope = Scope(keep_us=20 * MICROS_PER_DAY)
     stepped = make(base, tmp_path, all_rows(log), tmp_path / "step", scope)
     full = make(base, tmp_path, all_rows(log), tmp_path / "full", scope)
     assert stepped.version == full.version
@@ -178,5 +236,9 @@ def test_expired_periods_are_left_out_and_the_rest_is_taken_over(base, tmp_path)
     last = int(base[2].column("ts").to_numpy().max())
     period_us = read_manifest(tmp_path / "prepared-0").meta["period_us"]
     for path in (tmp_path / "step").rglob("bucket=*.parquet"):
-        times = pq.read_table(path, partitioning=None).column("event_ts").to_numpy()
+        times = (
+            read_rows(path, LatentsReader(tmp_path / "step").spec, ["event_ts"])
+            .column("event_ts")
+            .to_numpy()
+        )
         assert times.min() > last - 20 * MICROS_PER_DAY - period_us

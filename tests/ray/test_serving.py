@@ -1,5 +1,6 @@
 import inspect
 import json
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,12 +15,22 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.experiments import RayConfig
 from loopfm_ray.jobs.cluster import connect
-from loopfm_ray.jobs.serving import APP_NAME, DEPLOYMENT_NAME, ServeConfig, build_app, start, stop
+from loopfm_ray.jobs.serving import (
+    APP_NAME,
+    DEPLOYMENT_NAME,
+    ServeConfig,
+    build_app,
+    follow,
+    start,
+    stop,
+)
+from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.parity import ask_service, check_parity, load_offline
-from loopfm_ray.serving.predictor import load_predictor
-from loopfm_ray.store.publish import publish
+from loopfm_ray.serving.predictor import Predictor, load_predictor
+from loopfm_ray.store.publish import load_memory, publish
+from loopfm_ray.types import MICROS_PER_DAY
 from serve.app import build_app as app_of_args
-from tests.serving.world import make_world, write_latents
+from tests.serving.world import STOP, make_world, write_latents
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +48,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def url(cluster, world):
-    config = ServeConfig(bundle=str(world.bundle), online=str(world.online), port=0)
+    config = ServeConfig(bundle=str(world.bundle), online=str(world.online), port=0, reload_s=0.2)
     yield start(config)
     stop()
 
@@ -100,7 +111,7 @@ def test_another_bundle_behind_the_address_is_noticed(url, world):
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_a_store_of_another_version_is_not_served(url, world, tmp_path):
+def test_a_store_without_the_space_of_the_bundle_is_not_served(url, world, tmp_path):
     prepared = PreparedData.open(world.prepared)
     write_latents(prepared, tmp_path / "latents", snapshot="other")
     publish(tmp_path / "latents", prepared.users.keys, tmp_path / "online")
@@ -110,12 +121,64 @@ def test_a_store_of_another_version_is_not_served(url, world, tmp_path):
         serve.run(app, name="other", route_prefix="/other")
     status = serve.status().applications["other"]
     text = status.message + status.deployments[DEPLOYMENT_NAME].message
-    assert "BundleError" in text
-    assert "does not match" in text
+    assert "StoreError" in text
+    assert "holds no space" in text
     serve.delete("other")
     # the application that was there before still serves
     assert call(url, "/readyz")[0] == 200
     assert serve.status().applications[APP_NAME].status == "RUNNING"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_running_service_reads_what_is_published_later(url, world, tmp_path):
+    prepared = PreparedData.open(world.prepared)
+    before = world.spec.history.latents_version
+    assert call(url, "/v1/model")[1]["features"]["version"] == before
+    write_latents(prepared, tmp_path / "latents", stop_ts=STOP - 5 * MICROS_PER_DAY)
+    other = publish(tmp_path / "latents", prepared.users.keys, world.online)
+    store = load_memory(tmp_path / "latents", prepared.users.keys)
+    predictor = Predictor(load_predictor(world.bundle, world.online).bundle, store)
+    offline = load_offline(predictor.bundle, prepared, world.joined, num_requests=1)
+    query = offline.replays[0].query
+    body = {"user": query.user, "items": list(query.items), "context": query.context}
+    body["request_ts"] = STOP
+    deadline = time.monotonic() + 60
+    seen = before
+    while seen == before:
+        assert time.monotonic() < deadline, "the service never read the newer version"
+        answer = call(url, "/v1/score", body)[1]
+        seen = answer["features"]["version"]
+    assert seen == other
+    want = predictor.score(ScoreQuery(query.user, STOP, query.items, query.context)).probs
+    assert answer["scores"] == want.tolist()
+    publish(world.latents, prepared.users.keys, world.online)  # and back, for the tests beside this
+
+
+class FailsOnce:
+    """A scorer whose first look for newer histories fails."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def reload(self):
+        self.looks += 1
+        if self.looks == 1:
+            raise RuntimeError("unexpected")
+        return True
+
+
+def test_looking_for_newer_histories_survives_a_failure_and_ends_when_told(caplog):
+    scorer, waits = FailsOnce(), []
+
+    def stopped(seconds):
+        waits.append(seconds)
+        return len(waits) > 3
+
+    follow(scorer, 2.5, stopped)
+    assert scorer.looks == 3
+    assert waits == [2.5] * 4
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
 def test_building_the_app_loads_nothing_and_starts_nothing():

@@ -76,8 +76,17 @@ def example_summary(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
             "coverage": 0.963,
             "mean_length": 87.4,
             "staleness_s": {"p50": 194_400.0, "p90": 1_123_200.0},
+            "coverage_by_age": {"86400": 0.317, "604800": 0.842},
+            "alarms": [
+                "90 % of the newest events are up to 1123200 s old, expected at most 604800 s"
+            ],
         },
-        "audit": {"num_checked": 20_000, "num_leaks": 0},
+        "audit": {
+            "num_checked": 20_000,
+            "num_leaks": 0,
+            "num_entries": 1_731_204,
+            "margin_s": {"min": 7.0, "p1": 5_040.0, "p50": 3_456_000.0, "max": 9_590_400.0},
+        },
         "parity": {"max_abs_diff": 2.4e-7, "num_requests": 200, "num_rows": 4_000},
         "scored_request": {
             "request": {

@@ -101,7 +101,9 @@ def test_page_holds_every_single_number(text):
         *summary["data"].values(),
         *summary["seconds"].values(),
         *summary["sizes"].values(),
-        *summary["audit"].values(),
+        *(summary["audit"][name] for name in ("num_checked", "num_leaks", "num_entries")),
+        *summary["audit"]["margin_s"].values(),
+        *summary["history"]["coverage_by_age"].values(),
         *summary["parity"].values(),
         *summary["channel"]["variance_explained"].values(),
         *summary["history"]["staleness_s"].values(),
@@ -300,3 +302,9 @@ def test_data_with_impressions_has_no_note_on_sampling():
     text = render_report(summary)
     assert "they were sampled" not in text
     assert "simulated" not in text
+
+
+def test_alarms_of_freshness_are_shown(text):
+    alarm = example_summary()["history"]["alarms"][0]
+    assert alarm in html.unescape(text)
+    assert "newest event at most 7.0 d old" in text

@@ -5,12 +5,14 @@ import pytest
 
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, DataError, JobError
+from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.parity import ask_service, check_parity, load_offline
 from loopfm_ray.serving.predictor import Predictor, load_predictor
 from loopfm_ray.store.publish import load_memory, publish
-from loopfm_ray.types import TimeRange
-from tests.serving.world import STOP, VM_STOP, make_world
+from loopfm_ray.store.target import open_version
+from loopfm_ray.types import MICROS_PER_DAY, TimeRange
+from tests.serving.world import MAX_LEN, STOP, VM_STOP, make_world, write_latents
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +69,46 @@ def test_a_store_that_lacks_events_is_found(world, prepared):
     assert len(report.mismatches) == min(20, report.num_mismatches)
 
 
-def test_a_joined_version_of_other_latents_is_refused(world, prepared):
+def test_a_joined_version_of_another_space_or_history_is_refused(world, prepared):
     bundle = load_bundle(world.bundle)
-    pin = replace(bundle.spec.history, latents_version="0" * 16)
-    other = replace(bundle, spec=replace(bundle.spec, history=pin))
-    with pytest.raises(BundleError, match="was joined with latents"):
-        load_offline(other, prepared, world.joined)
+    pin = bundle.spec.history
+    for other, message in (
+        (replace(pin, space=replace(pin.space, snapshot_id="x")), "snapshot_id is snap"),
+        (replace(pin, max_len=3), "max_len"),
+        (replace(pin, retention_us=None), "retention_us"),
+    ):
+        changed = replace(bundle, spec=replace(bundle.spec, history=other))
+        with pytest.raises(BundleError, match=message):
+            load_offline(changed, prepared, world.joined)
+
+
+def test_parity_reads_the_version_that_was_joined(world, prepared, tmp_path):
+    """Late labels make histories of one request differ between versions, so another version is no comparison."""
+    bundle = load_bundle(world.bundle)
+    early = STOP - 8 * MICROS_PER_DAY
+    write_latents(prepared, tmp_path / "younger", stop_ts=early)
+    younger = load_memory(tmp_path / "younger", prepared.users.keys)
+    offline = load_offline(bundle, prepared, world.joined, num_requests=30)
+    with pytest.raises(BundleError, match="the joined version was made of"):
+        check_parity(Predictor(bundle, younger), offline)
+    # the bundle is not of the day: joined again, the younger version is compared with itself
+    span = TimeRange(VM_STOP, early)
+    joined = tmp_path / "joined"
+    settings = JoinSettings(MAX_LEN, bundle.spec.history.retention_us)
+    write_joined(world.prepared, tmp_path / "younger", joined, span, settings)
+    report = check_parity(Predictor(bundle, younger), load_offline(bundle, prepared, joined))
+    assert report.is_ok
+    # a newer version goes live; the one that was joined is still there to compare with
+    target = tmp_path / "online"
+    publish(tmp_path / "younger", prepared.users.keys, target)
+    publish(world.latents, prepared.users.keys, target)
+    live = load_predictor(world.bundle, target)
+    assert check_parity(live, offline).is_ok
+    with pytest.raises(BundleError, match="open_version"):
+        check_parity(live, load_offline(bundle, prepared, joined))
+    before = open_version(target, bundle.spec.history.space.id, younger.version)
+    report = check_parity(Predictor(bundle, before), load_offline(bundle, prepared, joined))
+    assert report.is_ok
 
 
 @pytest.mark.parametrize("url", ["https://x", "127.0.0.1:1", "http://127.0.0.1:9"])

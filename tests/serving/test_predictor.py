@@ -17,7 +17,7 @@ from loopfm_ray.serving.features import FeatureBuilder, read_history
 from loopfm_ray.serving.predictor import Predictor, load_predictor
 from loopfm_ray.store.codes import decode
 from loopfm_ray.store.online import MemoryStore, UserHistory
-from loopfm_ray.store.publish import load_memory
+from loopfm_ray.store.publish import load_memory, publish
 from loopfm_ray.types import MICROS_PER_DAY
 from tests.serving.world import CODE, FM_STOP, MAX_LEN, STOP, write_latents
 
@@ -119,6 +119,9 @@ def test_a_history_cut_in_the_store_is_degraded_only_when_it_is_too_short(bundle
     pin = bundle.spec.history
     assert read_history(found(3, False), pin, TS, 1).reason == "cut_in_store"
     assert read_history(found(MAX_LEN, False), pin, TS, 1).reason is None
+    # what was left out is older than what the model reads
+    assert read_history(found(3, False), pin, TS - 2 + pin.retention_us, 1).reason is None
+    assert read_history(found(3, False), pin, TS - 3 + pin.retention_us, 1).reason == "cut_in_store"
     assert read_history(found(3, True), pin, TS, 1).reason is None
 
 
@@ -187,17 +190,40 @@ def test_a_field_that_counts_the_past_has_no_default(predictor):
         predictor.score(ScoreQuery("u1", TS, ("i1",), {}))
 
 
-def test_another_latents_version_is_refused(world, bundle, store, tmp_path):
-    other = tmp_path / "latents"
+def test_any_version_of_the_space_is_taken_and_no_other_space(world, bundle, store, tmp_path):
     prepared = PreparedData.open(world.prepared)
-    write_latents(prepared, other, snapshot="other")
-    with pytest.raises(BundleError, match=r"latents_version is .* trained with"):
-        Predictor(bundle, load_memory(other, prepared.users.keys))
-    with pytest.raises(BundleError, match="snapshot_id"):
-        Predictor(bundle, MemoryStore({}, store.version, {**store.meta, "snapshot_id": "x"}))
-    code = {**store.meta, "code_spec": replace(CODE, bits=8).to_tree()}
-    with pytest.raises(BundleError, match="code_spec"):
-        Predictor(bundle, MemoryStore({}, store.version, code))
+    write_latents(prepared, tmp_path / "younger", stop_ts=STOP - 5 * MICROS_PER_DAY)
+    younger = load_memory(tmp_path / "younger", prepared.users.keys)
+    assert younger.version != bundle.spec.history.latents_version
+    answer = Predictor(bundle, younger).respond(query(), "r")
+    assert answer.features.version == younger.version
+    write_latents(prepared, tmp_path / "other", snapshot="other")
+    other = load_memory(tmp_path / "other", prepared.users.keys)
+    with pytest.raises(BundleError, match=r"space .*snapshot_id is other, expected snap"):
+        Predictor(bundle, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"snapshot_id": "x"}, "snapshot_id is x, expected snap"),
+        ({"code_spec": replace(CODE, bits=8).to_tree()}, "code_spec is"),
+        ({"delay_us": 0}, "delay_us is 0, expected 3600000000"),
+        ({"waits_for_label": False}, "waits_for_label is False"),
+    ],
+)
+def test_every_part_of_the_space_counts_and_is_named(bundle, store, change, message):
+    meta = {**store.meta, **change}
+    del meta["space"]
+    with pytest.raises(BundleError, match=message):
+        Predictor(bundle, MemoryStore({}, store.version, meta))
+    with pytest.raises(BundleError, match="its parts are those of"):
+        Predictor(bundle, MemoryStore({}, store.version, {**store.meta, **change}))
+
+
+def test_what_is_not_part_of_the_space_does_not_count(bundle, store):
+    meta = {**store.meta, "watermark_ts": 1, "latents_version": "x", "max_events_per_user": 3}
+    assert Predictor(bundle, MemoryStore({}, "x", meta)).latents_version == "x"
 
 
 def test_a_vm_with_history_needs_a_store(world, bundle, tmp_path):
@@ -205,12 +231,19 @@ def test_a_vm_with_history_needs_a_store(world, bundle, tmp_path):
         Predictor(bundle)
     with pytest.raises(StoreError, match="nothing is published"):
         load_predictor(world.bundle, tmp_path)
+    prepared = PreparedData.open(world.prepared)
+    write_latents(prepared, tmp_path / "latents", snapshot="other")
+    publish(tmp_path / "latents", prepared.users.keys, tmp_path / "online")
+    with pytest.raises(StoreError, match=f"holds no space {bundle.spec.history.space.id}"):
+        load_predictor(world.bundle, tmp_path / "online")
 
 
 def test_describe_names_versions_fields_and_limits(predictor, bundle):
     body = predictor.describe()
     assert body["model"]["version"] == bundle.version
     assert body["features"]["version"] == bundle.spec.history.latents_version
+    assert body["features"]["trained_on"] == bundle.spec.history.latents_version
+    assert body["features"]["space"] == bundle.spec.history.space.id
     sources = {field["name"]: field["source"] for field in body["fields"]}
     assert sources["device"] == sources["past_count_item"] == "request"
     assert sources["hour"] == "request_ts"

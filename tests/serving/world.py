@@ -132,21 +132,24 @@ def write_log(folder: Path, seed: int = 0, num_rows: int = 4000) -> EventsConfig
     )
 
 
-def write_latents(prepared: PreparedData, path: Path, snapshot: str = "snap") -> None:
-    """Embed every example after FM_STOP as random numbers."""
+def write_latents(
+    prepared: PreparedData, path: Path, snapshot: str = "snap", stop_ts: int = STOP
+) -> None:
+    """Embed every example after FM_STOP as random numbers; `stop_ts` is the watermark."""
     rng = np.random.default_rng(7)
     writer = LatentsWriter(path, snapshot, FM_STOP, CODE, 3600 * MICROS_PER_S, True, {})
     columns = ["example_id", "user", "item", "event_ts", "label_ts", "is_event"]
-    span = TimeRange(FM_STOP + 1, STOP)
+    span = TimeRange(FM_STOP + 1, stop_ts)
     files = {(file.period, file.bucket): file for file in prepared.examples.files(span)}
     parts = {place: read_rows([file], span, columns=columns) for place, file in files.items()}
     parts = {place: rows for place, rows in parts.items() if len(rows["user"])}
     writer.begin(list(parts))
+    # by example, so that every version of a snapshot says the same of an event
+    latents = rng.normal(0, 0.5, (10_000, CODE.dim)), rng.random(10_000).astype(np.float32)
     for place, rows in parts.items():
-        size = len(rows["user"])
-        rows["fm_prob"] = rng.random(size).astype(np.float32)
-        writer.write(*place, rows, rng.normal(0, 0.5, (size, CODE.dim)))
-    writer.finish(list(parts), watermark_ts=STOP)
+        rows["fm_prob"] = latents[1][rows["example_id"]]
+        writer.write(*place, rows, latents[0][rows["example_id"]])
+    writer.finish(list(parts), watermark_ts=stop_ts)
 
 
 def make_model(config: VmConfig, schema, latent_dim: int | None = None) -> VerticalModel:

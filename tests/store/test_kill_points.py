@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from loopfm_ray.store.manifest import read_manifest, verify
-from loopfm_ray.store.publish import open_current
+from loopfm_ray.store.target import live_spaces, open_current
 from tests.oracles import worlds
-from tests.store.test_kill import DRIVER, JOIN, MATERIALIZE, PUBLISH, REPLACE
+from tests.store.test_kill import DRIVER, JOIN, MATERIALIZE, PUBLISH, REPLACE, RETIRE
 
 POINTS = 45
 SEED = 20260101
@@ -29,7 +30,7 @@ def program(root):
         for number, place in enumerate(worlds.SHARDS):
             if writer.completed(*place) is None:
                 if number % 3:
-                    writer.take_over(previous, *place)
+                    writer.take_over(previous, [place])
                 else:
                     worlds.write_shard(writer, examples, *place)
         writer.finish(worlds.SHARDS, watermark_ts=4000, replace_other=True)
@@ -37,12 +38,50 @@ def program(root):
 main(setup, program)
 """
 
+COMPACT = """
+from loopfm_ray.store.compact import compact
+
+def setup(root):
+    worlds.update_latents(root / "latents", many)
+
+def program(root):
+    compact(root / "latents", target_rows=60)
+
+many = worlds.make_examples(num_rows=200, num_periods=8)
+main(setup, program)
+"""
+
+EXPIRE = """
+from loopfm_ray.store.compact import compact, expire
+
+def setup(root):
+    worlds.update_latents(root / "latents", many)
+    compact(root / "latents", target_rows=60)
+
+def program(root):
+    expire(root / "latents", 3 * worlds.PERIOD_US)
+
+many = worlds.make_examples(num_rows=200, num_periods=8)
+main(setup, program)
+"""
+JOIN_BLOCKS = (
+    """
+from dataclasses import replace
+worlds.SETTINGS = replace(worlds.SETTINGS, block_rows=10)
+"""
+    + JOIN
+)
+
 PROGRAMS = {
     "materialize": (MATERIALIZE, "latents"),
     "replace": (REPLACE, "latents"),
     "join": (JOIN, "joined"),
     "incremental": (INCREMENTAL, "latents"),
     "publish": (PUBLISH, None),
+    "retire": (RETIRE, None),
+    "compact": (COMPACT, "latents"),
+    "expire": (EXPIRE, "latents"),
+    "join-blocks": (JOIN_BLOCKS, "joined"),
 }
 
 
@@ -89,9 +128,12 @@ def test_killed_anywhere_readers_see_whole_versions_and_a_rerun_ends_the_same(
     for point in points:
         killed = base / f"{point}-killed"
         if name is None:
-            store = open_current(killed / "online")
-            assert any(store.get_many(worlds.user_keys()))
-            store.close()
+            live = [item.space for item in live_spaces(killed / "online")]
+            assert len(live) == 2 or kind == "retire"
+            for space in live:
+                store = open_current(killed / "online", space)
+                assert any(store.get_many(worlds.user_keys()))
+                store.close()
         elif (killed / name).exists():
             verify(killed / name)
             assert read_manifest(killed / name).version in allowed
@@ -100,8 +142,12 @@ def test_killed_anywhere_readers_see_whole_versions_and_a_rerun_ends_the_same(
 
 
 @pytest.mark.slow
-def test_at_least_two_hundred_points_were_tried(counts):
+def test_at_least_two_hundred_points_were_tried(counts, request):
     if set(counts) != set(PROGRAMS):
         pytest.skip("runs with the rest of this file")
+    report = request.config.getoption("--kill-report")
+    if report:
+        found = {"points": counts, "total": sum(counts.values()), "seed": SEED}
+        Path(report).write_text(json.dumps(found, indent=1) + "\n")
     print(f"kill points: {counts}, {sum(counts.values())} in all, every rerun equal")  # noqa: T201
     assert sum(counts.values()) >= 200

@@ -192,8 +192,10 @@ def test_full_disk_is_a_store_error_and_leaves_no_shard(examples, tmp_path, monk
     writer = worlds.make_writer(tmp_path / "latents")
     writer.begin(worlds.SHARDS)
     (tmp_path / "full").symlink_to("/dev/full")
-    real = pq.write_table
-    monkeypatch.setattr(pq, "write_table", lambda t, p, **k: real(t, str(tmp_path / "full"), **k))
+    real = pq.ParquetWriter
+    monkeypatch.setattr(
+        pq, "ParquetWriter", lambda p, *a, **k: real(str(tmp_path / "full"), *a, **k)
+    )
     with pytest.raises(StoreError, match="no space left"):
         worlds.write_shard(writer, examples, 1, 0)
     assert writer.completed(1, 0) is None

@@ -1,0 +1,146 @@
+"""Rows that wait on disk: dealt to numbered places, read place by place.
+
+Files have no name, so a killed process leaves none. What fits into a block never leaves memory.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from loopfm_ray.data.runs import runs
+
+__all__ = ["Answers", "Spill"]
+
+# Any below: pyarrow ships no types.
+Table = Any
+Ints = NDArray[np.int64]
+
+
+class Spill:
+    """Rows of numbered places. First all are added, then they are read; close it at the end."""
+
+    def __init__(self, schema: Any, folder: Path, block_rows: int) -> None:
+        """Begin with no rows.
+
+        Args:
+            schema: of the rows.
+            folder: whose disk is to take them.
+            block_rows: rows that are held before they are written; fewer stay in memory.
+        """
+        self._schema = schema
+        self._folder = folder
+        self._block_rows = block_rows
+        self._stack = ExitStack()
+        self._held: dict[int, list[Table]] = {}
+        self._num_held = 0
+        self._num_rows: dict[int, int] = {}
+        self._batches: dict[int, list[int]] = {}
+        self._num_batches = 0
+        self._file: Any = None
+        self._writer: Any = None
+        self._reader: Any = None
+
+    def close(self) -> None:
+        """Forget all rows."""
+        self._held.clear()
+        self._stack.close()
+
+    def num_rows(self, place: int) -> int:
+        """Return the rows of one place."""
+        return self._num_rows.get(place, 0)
+
+    def deal(self, table: Table, place: NDArray[np.integer]) -> None:
+        """Add rows, each to its place, [N]; rows of one place keep their order."""
+        if np.any(place[1:] < place[:-1]):
+            # NumPy sorts 16 bits by counting
+            small = place.astype(np.uint16) if int(place.max()) < 1 << 16 else place
+            order = np.argsort(small, kind="stable")
+            table, place = table.take(pa.array(order)), place[order]
+        for number, start, stop in runs(place):
+            self._held.setdefault(number, []).append(table.slice(start, stop - start))
+            self._num_rows[number] = self.num_rows(number) + stop - start
+        self._num_held += table.num_rows
+        if self._num_held > self._block_rows:
+            self._flush()
+
+    def tables(self, place: int) -> Iterator[Table]:
+        """Yield the rows of one place in the order in which they were added, in tables of at most two blocks."""
+        self._seal()
+        for number in self._batches.get(place, ()):
+            yield pa.Table.from_batches([self._reader.get_batch(number)])
+        yield from self._held.get(place, ())
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115  the stack closes it
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+        for place, tables in sorted(self._held.items()):
+            for batch in pa.concat_tables(tables).combine_chunks().to_batches():
+                self._writer.write_batch(batch)
+                self._batches.setdefault(place, []).append(self._num_batches)
+                self._num_batches += 1
+        self._held.clear()
+        self._num_held = 0
+
+    def _seal(self) -> None:
+        if self._reader is None and self._writer is not None:
+            self._flush()
+            self._writer.close()
+            self._file.flush()
+            self._reader = pa.ipc.open_file(pa.PythonFile(self._file, mode="r"))
+
+
+class Answers:
+    """Columns of numbers that are found in any order of rows and read in order; close it at the end."""
+
+    def __init__(self, schema: Any, folder: Path, block_rows: int) -> None:
+        """Begin with no rows; for the arguments see `Spill`."""
+        self._schema = schema.insert(0, pa.field("position", pa.int64()))
+        self._spill = Spill(self._schema, folder, block_rows)
+        self._block_rows = block_rows
+        self._chunk = -1
+        self._rows: dict[str, NDArray[Any]] = {}
+
+    def close(self) -> None:
+        """Forget all rows."""
+        self._spill.close()
+
+    def add(self, position: Ints, *columns: NDArray[Any]) -> None:
+        """Take the values of the rows at `position`, [N] each."""
+        arrays = [
+            pa.array(values, field.type)
+            for values, field in zip((position, *columns), self._schema, strict=True)
+        ]
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        self._spill.deal(table, position // self._block_rows)
+
+    def read(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Return the columns of rows `start` to `stop`, all of which were added; cheapest if asked for in order."""
+        parts = []
+        while start < stop:
+            chunk, first = divmod(start, self._block_rows)
+            last = min(self._block_rows, first + stop - start)
+            rows = self._load(chunk)
+            parts.append({name: values[first:last] for name, values in rows.items()})
+            start += last - first
+        names = self._schema.names[1:]
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def _load(self, chunk: int) -> dict[str, NDArray[Any]]:
+        if chunk != self._chunk:
+            table = pa.concat_tables(self._spill.tables(chunk))
+            where = table.column("position").to_numpy() - chunk * self._block_rows
+            self._rows = {}
+            for field in list(self._schema)[1:]:
+                values = table.column(field.name).to_numpy()
+                placed = np.empty(len(values), dtype=values.dtype)
+                placed[where] = values
+                self._rows[field.name] = placed
+            self._chunk = chunk
+        return self._rows
