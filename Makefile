@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-BENCHMARKS := history_join materialize random_reads
+BENCHMARKS := history_join latents_size materialize random_reads
 
 .PHONY: demo test test-slow unit setup fmt lint type bench bench-feast golden ci clean
 
@@ -46,7 +46,8 @@ bench: setup  ## figures against their peers, as JSON
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json || exit 1; done
 
 bench-feast: setup .venv-feast/.installed  ## the history join with Feast's Ray store in the same run
-	$(BIN)/python benchmarks/history_join.py --json --no-growth --feast-python .venv-feast/bin/python $(ARGS)
+	$(BIN)/python benchmarks/history_join.py --json --no-growth --events 400000 --requests 5000 --users 2000 \
+		--feast-python .venv-feast/bin/python $(ARGS)
 
 .venv-feast/.installed: benchmarks/feast-requirements.txt
 	test -x .venv-feast/bin/python || $(BIN)/uv venv --python $(BIN)/python .venv-feast

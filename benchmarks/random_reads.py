@@ -93,10 +93,12 @@ def measure_scans(
     return best
 
 
-def ratios(found: dict[str, Record], base: str) -> dict[str, dict[str, float]]:
-    """Return the reads a second of each contender / of `base`."""
+def ratios(
+    found: dict[str, Record], base: str, key: str = "reads_per_s"
+) -> dict[str, dict[str, float]]:
+    """Return one figure of each contender / of `base`."""
     return {
-        label: {n: r["reads_per_s"] / records[base]["reads_per_s"] for n, r in records.items()}
+        label: {n: r[key] / records[base][key] for n, r in records.items()}
         for label, records in found.items()
     }
 
@@ -115,6 +117,8 @@ def report(args: argparse.Namespace, folder: Path) -> Record:
         "reads": found,
         "ratio_to_lmdb": ratios(found, "lmdb"),
         "ratio_to_parquet": ratios(found, "parquet"),
+        "cpu_ratio_to_lmdb": ratios(found, "lmdb", "reads_per_cpu_s"),
+        "cpu_ratio_to_parquet": ratios(found, "parquet", "reads_per_cpu_s"),
         "scan_rows_per_s": scanned,
         "scan_ratio_to_parquet": {n: rate / scanned["parquet"] for n, rate in scanned.items()},
         "bytes_on_disk": num_bytes,
