@@ -107,9 +107,9 @@ def test_a_sample_reads_only_the_buckets_it_needs(case, monkeypatch):
     read = []
     honest = module.read_origin
 
-    def watch(prepared, manifest, bucket, *rest):
+    def watch(prepared, bucket, *rest):
         read.append(bucket)
-        return honest(prepared, manifest, bucket, *rest)
+        return honest(prepared, bucket, *rest)
 
     monkeypatch.setattr(module, "read_origin", watch)
     assert audit(case.joined, case.latents, case.prepared, sample=1).num_checked == 1
