@@ -1,38 +1,18 @@
 """Open the log that a data config names: canonical blocks, entity tables and the names of its fields."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig, EventsConfig
+from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig, EventsConfig, SyntheticConfig
 from loopfm_ray.data.datasets.complete_journey import complete_journey_events
+from loopfm_ray.data.datasets.movielens import movielens_log
 from loopfm_ray.data.entities import EntitySource
 from loopfm_ray.data.events import read_blocks
+from loopfm_ray.data.source import EventLog, LogFields
 from loopfm_ray.data.synthetic import generate
 from loopfm_ray.types import MICROS_PER_S
 
-__all__ = ["EventLog", "LogFields", "open_log"]
-
-
-@dataclass(frozen=True)
-class LogFields:
-    """Names of what the rows of a log hold beside user, item, times and label."""
-
-    tasks: tuple[str, ...] = ()
-    categorical: tuple[str, ...] = ()
-    numeric: tuple[str, ...] = ()
-    sequence: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class EventLog:
-    """A log to prepare; `blocks` starts a new pass over the canonical blocks, in any order."""
-
-    # Any: pyarrow ships no types.
-    blocks: Callable[[], Iterator[Any]]
-    fields: LogFields
-    items: EntitySource | None
-    users: EntitySource | None
+__all__ = ["READERS", "EventLog", "LogFields", "open_log"]
 
 
 def open_log(config: DataConfig) -> EventLog:
@@ -42,15 +22,19 @@ def open_log(config: DataConfig) -> EventLog:
         ConfigError: the data is not there.
         SchemaError, DataError: an entity table is wrong.
     """
-    if isinstance(config, EventsConfig):
-        return _open_events(config)
-    if isinstance(config, CompleteJourneyConfig):
-        return _open_events(complete_journey_events(config))
+    return READERS[config.kind](config)
+
+
+def _open_synthetic(config: SyntheticConfig) -> EventLog:
     made = generate(config)
     items = EntitySource.from_table(made.items, "item", ("topic",), ("price",))
     users = EntitySource.from_table(made.users, "user", ("taste",), ())
     columns = made.rows.drop_columns(["true_prob"])
     return EventLog(lambda: iter([columns]), LogFields(categorical=("surface",)), items, users)
+
+
+def _open_complete_journey(config: CompleteJourneyConfig) -> EventLog:
+    return _open_events(complete_journey_events(config))
 
 
 def _open_events(config: EventsConfig) -> EventLog:
@@ -71,3 +55,13 @@ def _open_events(config: EventsConfig) -> EventLog:
         EntitySource.read(config.items) if config.items else None,
         EntitySource.read(config.users) if config.users else None,
     )
+
+
+# Any: each reader takes the config of its own kind.
+READERS: dict[str, Callable[[Any], EventLog]] = {
+    "events": _open_events,
+    "complete_journey": _open_complete_journey,
+    "synthetic": _open_synthetic,
+    "movielens": movielens_log,
+}
+"""How each kind of data is opened."""
