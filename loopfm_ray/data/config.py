@@ -1,7 +1,8 @@
 """What a data set is: where its rows are, which columns they have, how time is split and what is derived.
 
 `DataConfig` is one of several kinds: `events` (your own Parquet or CSV), `synthetic` (a seeded click log whose best possible
-score is known), or a published data set: `complete_journey` (a pip package), `movielens`.
+score is known), or a published data set: `complete_journey` (a pip
+package), `movielens`, `taobao_ad`, `kuaivideo`, `amazon_electronics`, `open_bandit`; docs/datasets.md describes them.
 """
 
 from typing import Annotated, Literal, Self
@@ -23,6 +24,7 @@ from loopfm_ray.errors import ConfigError
 
 __all__ = [
     "RESERVED_NAMES",
+    "AmazonElectronicsConfig",
     "BaseDataConfig",
     "ColumnsConfig",
     "CompleteJourneyConfig",
@@ -30,11 +32,14 @@ __all__ = [
     "DerivedName",
     "EntityConfig",
     "EventsConfig",
+    "KuaiVideoConfig",
     "MovieLensConfig",
     "NegativesConfig",
+    "OpenBanditConfig",
     "PastConfig",
     "SplitConfig",
     "SyntheticConfig",
+    "TaobaoAdConfig",
     "to_ts",
 ]
 
@@ -173,8 +178,97 @@ class MovieLensConfig(BaseDataConfig):
     history_events: Literal["positives", "all"] = "all"
 
 
+class TaobaoAdConfig(BaseDataConfig):
+    """Taobao display ads, 2017-05-06 to 13: TaobaoAd_x1 of BARS, or the four raw files of Tianchi data set 56."""
+
+    kind: Literal["taobao_ad"] = "taobao_ad"
+    path: str
+    """A directory with train.csv and test.csv, or with raw_sample.csv, ad_feature.csv, user_profile.csv and behavior_log.csv."""
+    times: Literal["refuse", "row_order"] = "refuse"
+    """TaobaoAd_x1 has no times. `row_order` spreads the rows of train.csv evenly over its seven days and those of test.csv over the
+    eighth, in the order of the file; `refuse` will not make up times. The raw files have theirs."""
+    entities: Literal["table", "rows"] = "table"
+    """TaobaoAd_x1 repeats ads and users on every row: gather them into tables, or read them as context of the row."""
+    behaviors: bool = True
+    """Whether the raw behaviour log (723 million rows) is read, for the shopping behaviour before each impression."""
+    spill_dir: str | None = None
+    """Where the raw files are spilled by user, about 25 bytes for each behaviour; the system's temporary folder if not given."""
+    split: SplitConfig = SplitConfig(
+        fm_stop="2017-05-09T16:00", vm_stop="2017-05-12T16:00", valid_s=86_400.0
+    )
+    past: PastConfig = PastConfig(count_fields=("item", "user"))
+    num_buckets: PositiveInt = Setting(default=64, le=4096)
+    period_s: PositiveFloat = 3_600.0
+    period_origin: Moment = "2017-05-05T16:00:00"
+    """Midnight in Beijing."""
+    history_events: Literal["positives", "all"] = "all"
+    duplicates: Literal["error", "drop"] = "drop"
+
+
+class KuaiVideoConfig(BaseDataConfig):
+    """KuaiVideo_x1 of BARS: impressions of videos with clicks; order is known, true time is not."""
+
+    kind: Literal["kuaivideo"] = "kuaivideo"
+    path: str
+    """A directory with train.csv and test.csv, or an archive that holds them."""
+    tasks: tuple[Literal["is_like", "is_follow"], ...] = ()
+    """Further labels that the FM learns."""
+    span_days: PositiveFloat = 100.0
+    """The log is scaled to last this many days from `period_origin`."""
+    split: SplitConfig = SplitConfig(
+        fm_stop="2000-02-18", vm_stop="2000-03-21", valid_s=4 * 86_400.0
+    )
+    past: PastConfig = PastConfig(count_fields=("item", "user"))
+    derive: tuple[DerivedName, ...] = ()
+    num_buckets: PositiveInt = Setting(default=32, le=4096)
+    period_s: PositiveFloat = 86_400.0
+    period_origin: Moment = "2000-01-01"
+    history_events: Literal["positives", "all"] = "all"
+    duplicates: Literal["error", "drop"] = "drop"
+    sequence_len: PositiveInt = 100
+
+
+class AmazonElectronicsConfig(BaseDataConfig):
+    """AmazonElectronics_x1 of BARS: the next review of a user; only the order within a user is known."""
+
+    kind: Literal["amazon_electronics"] = "amazon_electronics"
+    path: str
+    """A directory with train.csv and test.csv, or an archive that holds them."""
+    split: SplitConfig = SplitConfig(fm_stop="2014-06-29", vm_stop="2014-07-01", valid_s=86_400.0)
+    past: PastConfig = PastConfig(count_fields=("user", "cate_id"))
+    derive: tuple[DerivedName, ...] = ()
+    num_buckets: PositiveInt = Setting(default=16, le=4096)
+    period_s: PositiveFloat = 86_400.0
+    period_origin: Moment = "2000-01-01"
+    sequence_len: PositiveInt = 100
+
+
+class OpenBanditConfig(BaseDataConfig):
+    """Open Bandit, small: impressions with clicks and no user id; the user is a cohort, see the reader."""
+
+    kind: Literal["open_bandit"] = "open_bandit"
+    path: str
+    """A directory with open_bandit_small.parquet and item_context.parquet."""
+    split: SplitConfig = SplitConfig(
+        fm_stop="2019-11-27T12:00", vm_stop="2019-11-29T12:00", valid_s=43_200.0
+    )
+    past: PastConfig = PastConfig(count_fields=("item", "user"))
+    period_origin: Moment = "2019-11-24"
+    period_s: PositiveFloat = 86_400.0
+    history_events: Literal["positives", "all"] = "all"
+    block_rows: PositiveInt = 262_144
+    """Rows read at a time."""
+
+
 DataConfig = Annotated[
-    EventsConfig | CompleteJourneyConfig | SyntheticConfig | MovieLensConfig,
+    EventsConfig
+    | CompleteJourneyConfig
+    | SyntheticConfig
+    | MovieLensConfig
+    | TaobaoAdConfig
+    | KuaiVideoConfig
+    | AmazonElectronicsConfig
+    | OpenBanditConfig,
     Setting(discriminator="kind"),
 ]
 """One of the kinds of data, told apart by `kind`."""

@@ -4,12 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig, EventsConfig, SyntheticConfig
+from loopfm_ray.data.datasets.amazon_electronics import amazon_electronics_log
 from loopfm_ray.data.datasets.complete_journey import complete_journey_events
+from loopfm_ray.data.datasets.kuaivideo import kuaivideo_log
 from loopfm_ray.data.datasets.movielens import movielens_log
+from loopfm_ray.data.datasets.open_bandit import open_bandit_log
+from loopfm_ray.data.datasets.taobao_ad import taobao_ad_log
 from loopfm_ray.data.entities import EntitySource
 from loopfm_ray.data.events import read_blocks
 from loopfm_ray.data.source import EventLog, LogFields
 from loopfm_ray.data.synthetic import generate
+from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import MICROS_PER_S
 
 __all__ = ["READERS", "EventLog", "LogFields", "open_log"]
@@ -22,7 +27,15 @@ def open_log(config: DataConfig) -> EventLog:
         ConfigError: the data is not there.
         SchemaError, DataError: an entity table is wrong.
     """
-    return READERS[config.kind](config)
+    log = READERS[config.kind](config)
+    countable = {"item", "user", *(log.items.categorical if log.items else ())}
+    unknown = sorted(set(config.past.count_fields) - countable)
+    if unknown:
+        raise ConfigError(
+            f"data.past.count_fields {unknown} are not categorical fields of the item table; expected some of"
+            f" {sorted(countable)}"
+        )
+    return log
 
 
 def _open_synthetic(config: SyntheticConfig) -> EventLog:
@@ -63,5 +76,9 @@ READERS: dict[str, Callable[[Any], EventLog]] = {
     "complete_journey": _open_complete_journey,
     "synthetic": _open_synthetic,
     "movielens": movielens_log,
+    "taobao_ad": taobao_ad_log,
+    "kuaivideo": kuaivideo_log,
+    "amazon_electronics": amazon_electronics_log,
+    "open_bandit": open_bandit_log,
 }
 """How each kind of data is opened."""

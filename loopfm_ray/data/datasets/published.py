@@ -28,6 +28,7 @@ __all__ = [
     "missing_files",
     "read_layout",
     "read_table",
+    "require_files",
 ]
 
 # Any: pyarrow ships no types.
@@ -119,6 +120,19 @@ def find_files(root: str, names: Sequence[str]) -> dict[str, PublishedFile]:
         if matches:
             inside[name] = PublishedFile(path, matches[0])
     return inside
+
+
+def require_files(root: str, names: Sequence[str], where: str) -> dict[str, PublishedFile]:
+    """Return all of the files `names`, by name.
+
+    Raises:
+        ConfigError: some are missing; the message names them together and says where people get them.
+    """
+    files = find_files(root, names)
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise missing_files(root, missing, where)
+    return files
 
 
 def missing_files(root: str, missing: Sequence[str], where: str) -> ConfigError:
