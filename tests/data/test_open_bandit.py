@@ -44,8 +44,9 @@ def write(folder: Path) -> Path:
          "item_feature_2": "p", "item_feature_3": "q"}
         for campaign, item in (("men", 0), ("men", 1), ("women", 0))
     ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows), folder / "open_bandit_small.parquet")
-    pq.write_table(pa.Table.from_pylist(items), folder / "item_context.parquet")
+    # the published files were written by polars: their text is large
+    pl.from_arrow(pa.Table.from_pylist(rows)).write_parquet(folder / "open_bandit_small.parquet")
+    pl.from_arrow(pa.Table.from_pylist(items)).write_parquet(folder / "item_context.parquet")
     return folder
 
 

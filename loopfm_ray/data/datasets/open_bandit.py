@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from loopfm_ray.data.canonical import canonical_block
+from loopfm_ray.data.canonical import canonical_block, float_column, key_column
 from loopfm_ray.data.config import ColumnsConfig, OpenBanditConfig
 from loopfm_ray.data.datasets.published import missing_files
 from loopfm_ray.data.entities import EntitySource
@@ -38,7 +38,7 @@ _COLUMNS = ColumnsConfig(
     categorical={name: name for name in _CONTEXT},
     sequence={"affinity": "affinity_items"},
 )
-_ITEM_FIELDS = {f"item_feature_{n}": f"item_feature_{n}" for n in range(1, 4)}
+_ITEM_FIELDS = tuple(f"item_feature_{n}" for n in range(1, 4))
 
 
 def open_bandit_log(config: OpenBanditConfig) -> EventLog:
@@ -71,12 +71,17 @@ def _blocks(path: Path, config: OpenBanditConfig) -> Iterator[Table]:
 
 def _items(path: Path) -> EntitySource:
     names = ["campaign", "item_id", "item_feature_0", *_ITEM_FIELDS]
-    blocks = [block for _, block in read_raw_blocks(str(path), names, 65_536)]
-    table = pa.concat_tables(blocks)
-    table = table.append_column("item", _item_key(table))
-    return EntitySource.from_table(table, "item", tuple(_ITEM_FIELDS), ("item_feature_0",))
+    blocks = []
+    for place, block in read_raw_blocks(str(path), names, 65_536):
+        columns = {"item": _item_key(block)}
+        columns |= {name: key_column(block, name, place) for name in _ITEM_FIELDS}
+        columns["item_feature_0"] = float_column(block, "item_feature_0", place)
+        blocks.append(pa.table(columns))
+    return EntitySource.from_table(
+        pa.concat_tables(blocks), "item", _ITEM_FIELDS, ("item_feature_0",)
+    )
 
 
 def _item_key(table: Table) -> Any:
-    number = table.column("item_id").cast(pa.string())
-    return pc.binary_join_element_wise(table.column("campaign"), number, "/")
+    parts = [table.column(name).cast(pa.string()) for name in ("campaign", "item_id")]
+    return pc.binary_join_element_wise(*parts, "/")

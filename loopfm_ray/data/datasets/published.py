@@ -35,8 +35,8 @@ __all__ = [
 Array = Any
 Table = Any
 Cell = Literal["key", "category", "label", "integer", "real", "number", "keys"]
-BLOCK_BYTES = 8 * 1024 * 1024
-"""Text read at a time."""
+BLOCK_BYTES = 1024 * 1024
+"""Text parsed at a time; Arrow reads up to 32 such blocks ahead, whatever it is told about threads."""
 _ARCHIVES = (".zip", ".whl")
 _EXPECTED = {
     "key": "a key",
@@ -287,7 +287,7 @@ def _as_label(text: Array) -> tuple[Array, Array]:
 
 
 def _as_number(text: Array) -> tuple[Array, Array]:
-    values = _parsed(text, pl.Float64())
+    values = _parsed(text, pa.float64())
     is_finite = pc.fill_null(pc.is_finite(values), False)
     return values, pc.and_(text.is_valid(), pc.invert(is_finite))
 
@@ -298,22 +298,27 @@ def _as_real(text: Array) -> tuple[Array, Array]:
 
 
 def _as_integer(text: Array) -> tuple[Array, Array]:
-    values = _parsed(text, pl.Int64())
+    values = _parsed(text, pa.int64())
     if not values.null_count:
         return values, values.is_null()
     # pandas and RecBole write whole numbers as 881250949.0
-    numbers = _parsed(text, pl.Float64())
+    numbers = _parsed(text, pa.float64())
     is_whole = pc.fill_null(pc.equal(numbers, pc.floor(numbers)), False)
     is_whole = pc.and_(is_whole, pc.fill_null(pc.less(pc.abs(numbers), 2.0**53), False))
     whole = pc.if_else(is_whole, numbers, 0.0).cast(pa.int64())
     return pc.coalesce(values, whole), pc.and_(values.is_null(), pc.invert(is_whole))
 
 
-def _parsed(text: Array, kind: pl.DataType) -> Array:
-    series = pl.Series(pl.from_arrow(text)).cast(kind, strict=False)
-    return series.to_arrow()
+def _parsed(text: Array, kind: Any) -> Array:
+    """Return the numbers of a text column, null where the text is none."""
+    try:
+        return text.cast(kind)
+    except pa.ArrowInvalid:
+        series = pl.Series(pl.from_arrow(text))
+        return series.cast(_POLARS[kind], strict=False).to_arrow()
 
 
+_POLARS = {pa.int64(): pl.Int64(), pa.float64(): pl.Float64()}
 _CASTS: dict[str, Callable[[Array], tuple[Array, Array]]] = {
     "key": _as_key,
     "label": _as_label,
