@@ -43,7 +43,7 @@ ConfigArgument = Annotated[
     typer.Argument(
         metavar="[CONFIG]",
         help="A YAML file, or the name of one that comes with the package: complete_journey (default), "
-        "online_retail, synthetic.",
+        "movielens, online_retail, synthetic, ...",
         show_default=False,
     ),
 ]
@@ -365,7 +365,8 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, online_retail, synthetic"
+        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
+        " synthetic and the others under configs/pipeline"
     )
 
 
