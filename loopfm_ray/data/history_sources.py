@@ -121,7 +121,7 @@ class RawHistorySource:
     ) -> Gathered:
         """Return ages, item ids and side information of the newest entries of each slice."""
         mask, owner, rows = _positions(start, length, self._max_len)
-        asked = request_ts[owner]
+        asked: Ints = request_ts[owner].astype(np.int64)
         cells = _cells(self._tables, bucket[owner], rows, ("event_ts", "item", *_names(self._side)))
         met = cells["item"].astype(np.int64)
         met[met >= len(self._fields)] = 0
@@ -175,7 +175,7 @@ class LatentHistorySource:
     ) -> Gathered:
         """Return ages, latents and side information of the newest entries of each slice."""
         mask, owner, rows = _positions(start, length, self._max_len)
-        asked = request_ts[owner]
+        asked: Ints = request_ts[owner].astype(np.int64)
         cells = _cells(self._tables, bucket[owner], rows, ("event_ts", "code", *_names(self._side)))
         latents = np.zeros((*mask.shape, self._spec.dim), dtype=np.float32)
         if len(rows):

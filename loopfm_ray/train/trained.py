@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.metrics.calibration import PlattScaling
-from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
+from loopfm_ray.models.registry import AnyVmConfig, build_vm, read_vm_config
+from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
 
 __all__ = ["TrainedVm", "load_trained_vm", "save_trained_vm"]
@@ -27,7 +28,7 @@ class TrainedVm:
     """A VM with its calibration and the record of its training."""
 
     model: VerticalModel
-    config: VmConfig
+    config: AnyVmConfig
     schema: FeatureSchema
     item_fields: tuple[str, ...]
     """Columns of the raw history that it reads; empty when it reads none."""
@@ -87,7 +88,7 @@ def load_trained_vm(directory: Path) -> TrainedVm:
     verify(directory)
     try:
         tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
-        config = VmConfig.model_validate(tree["vm"])
+        config = read_vm_config(tree["vm"])
         schema = FeatureSchema.from_json(json.dumps(tree["schema"]))
         item_fields = tuple(tree["item_fields"])
         model = build_vm(config, schema, item_fields, tree["latent_dim"])
