@@ -68,7 +68,7 @@ class StreamGate(nn.Module):
         columns = [widths.field_names.index(name) for name in fields]
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
         in_dim = len(columns) * widths.embed_dim
-        self.context = None if columns else nn.Parameter(torch.zeros(1, widths.embed_dim))
+        self.context = None if columns else nn.Parameter(torch.randn(1, widths.embed_dim) * 0.05)
         self.mlp = Mlp(in_dim or widths.embed_dim, (hidden,))
         self.out = nn.Linear(hidden, widths.flat_dim)
 

@@ -8,8 +8,8 @@ import torch
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import DataError, StoreError
 from loopfm_ray.metrics.binary import BinarySums
-from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.models.dnn import DnnConfig
+from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.models.registry import build_vm
 from loopfm_ray.train.loop import Hooks, LoopConfig, Progress, fit, progress_records
 from loopfm_ray.train.optim import OptimConfig, build_optimizer
@@ -22,9 +22,7 @@ OPTIM = OptimConfig(lr=0.01, warmup_steps=2)
 
 def make_state(seed=0, dropout=0.2):
     torch.manual_seed(seed)
-    config = DnnConfig(
-        embed_dim=3, hidden=(6, 5), dropout=dropout, history=histories("latent")
-    )
+    config = DnnConfig(embed_dim=3, hidden=(6, 5), dropout=dropout, history=histories("latent"))
     model = build_vm(config, SCHEMA, (), LATENT_DIM)
     return TrainState(model, build_optimizer(OPTIM, model))
 
