@@ -18,11 +18,9 @@ from loopfm_ray.models.histories import (
     PoolConfig,
     TransformerConfig,
 )
-from loopfm_ray.models.history_inputs import HistoryInputs, RawHistoryConfig, SideConfig
+from loopfm_ray.models.history_inputs import HistoryInputs, RawHistoryConfig
 from loopfm_ray.models.registry import ENCODERS, VMS, build_vm, read_vm_config
 from loopfm_ray.types import TimeRange
-
-pytestmark = pytest.mark.slow
 
 NUM_ROWS, NUM_TRAIN, MAX_LEN = 24_000, 18_000, 20
 CONFIG = SyntheticConfig(num_rows=NUM_ROWS, num_users=300, num_items=40, num_topics=4)
@@ -120,3 +118,46 @@ def ne_after_training(config, names, epochs=4):
         batch = batch_of(np.arange(NUM_TRAIN, NUM_ROWS), names)
         prob = torch.sigmoid(model(batch))[:, 0].double().numpy()
     return normalized_entropy(batch.label[:, 0].numpy(), prob)
+
+
+NAMES = ("item", "topic", "surface")
+EPOCHS = {"augru": 10, "transformer": 10}
+ENCODER_CONFIGS = {
+    "attention": AttentionConfig(num_heads=2),
+    "augru": GruConfig(kind="augru", hidden=16),
+    "din": DinUnitConfig(),
+    "gru": GruConfig(hidden=16),
+    "mean": PoolConfig(),
+    "sum": PoolConfig(kind="sum"),
+    "transformer": TransformerConfig(width=16),
+}
+
+
+def test_every_encoder_is_tried():
+    assert set(ENCODER_CONFIGS) == set(ENCODERS)
+
+
+@pytest.mark.parametrize("kind", VMS)
+def test_every_architecture_comes_near_the_best(kind):
+    """It sees the user's taste, so what is left to learn is that taste and topic have to match."""
+    _, best = log()
+    found = ne_after_training(read_vm_config({"kind": kind, "embed_dim": 4}), (*NAMES, "taste"))
+    assert best["fm"] - 0.005 < found < best["fm"] + 0.015
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_finds_the_taste_in_the_history(encoder):
+    """The taste is hidden: without a history nothing beats `vm`, and `fm` is out of reach until it is certain."""
+    _, best = log()
+    history = HistoryInputs.of(own=RawHistoryConfig(encoder=ENCODER_CONFIGS[encoder]))
+    config = read_vm_config({"kind": "dnn", "history": history.model_dump()})
+    found = ne_after_training(config, NAMES, EPOCHS.get(encoder, 4))
+    closed = (best["vm"] - found) / (best["vm"] - best["fm"])
+    assert 0.8 < closed < 1.0
+
+
+def test_without_a_history_nothing_beats_the_best_of_a_plain_vm():
+    _, best = log()
+    found = ne_after_training(read_vm_config({}), NAMES)
+    assert best["vm"] - 0.005 < found < best["vm"] + 0.015
