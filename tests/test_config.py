@@ -13,9 +13,12 @@ from loopfm_ray.config import (
     read_yaml,
 )
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.experiments import PipelineConfig, VmStageConfig
+from loopfm_ray.models.registry import VMS
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted((FOLDER / "pipeline").rglob("*.yaml"))
+VM_CONFIGS = sorted((FOLDER / "vm").rglob("*.yaml"))
 
 
 class Inner(Config):
@@ -109,6 +112,21 @@ def test_every_yaml_loads_and_its_dump_gives_the_same_config(path, tmp_path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_yaml(config))
     assert load_config(PipelineConfig, copy) == config
+
+
+@pytest.mark.parametrize("path", VM_CONFIGS, ids=lambda path: path.stem)
+def test_every_vm_takes_the_place_of_one_in_a_pipeline(path):
+    tree = read_yaml(path)
+    assert tree["model"]["kind"] == path.stem
+    config = load_config(PipelineConfig, CONFIGS[0], [f"vms.vm_kd_loopfm={path}"])
+    assert config.vms["vm_kd_loopfm"] == VmStageConfig.model_validate(tree)
+    again = yaml.safe_load(dump_yaml(config.vms["vm_kd_loopfm"]))
+    assert VmStageConfig.model_validate(again) == config.vms["vm_kd_loopfm"]
+
+
+def test_every_vm_kind_has_a_yaml():
+    assert {path.stem for path in VM_CONFIGS} == set(VMS)
+    assert {path.parent.name for path in FOLDER.rglob("*.yaml")} == {"pipeline", "vm"}
 
 
 def test_the_demo_config_is_the_default():
