@@ -95,8 +95,8 @@ class FmStageConfig(Config):
     model: FmConfig = FmConfig()
     learning: LearningConfig = LearningConfig(batch_rows=2048, num_workers=2)
     bottleneck: BottleneckConfig = BottleneckConfig()
-    embedding_layer: str = "embedding"
-    """The FM layer whose activation is the FM embedding."""
+    embedding_layers: tuple[str, ...] = Field(default=("embedding",), min_length=1)
+    """The FM layers whose activations, side by side, are the FM embedding: `embedding`, `sequence`, `hidden_0`, ..."""
     bits: Annotated[int, Field(ge=2, le=16)] = 4
     """Bits of each number of a stored latent: 2, 4, 8 or 16."""
     bottleneck_rows: PositiveInt = 200_000

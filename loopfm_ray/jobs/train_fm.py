@@ -24,21 +24,19 @@ from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
-from loopfm_ray.models.bottleneck import (
-    Bottleneck,
-    build_bottleneck,
-    calibrate,
-    channel_report,
-    fit_bottleneck,
-)
+from loopfm_ray.models.bottleneck import Bottleneck, build_bottleneck
+from loopfm_ray.models.channel import ChannelRows, channel_report
+from loopfm_ray.models.fitting import calibrate, fit_bottleneck
 from loopfm_ray.models.foundation import FoundationModel, build_fm
+from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.train.embed import embedding_chunks
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import TimeRange
 
 __all__ = ["FmJob", "FmSettings", "train_fm"]
 
-_HELD_OUT_SHARE = 8  # every eighth chunk of embeddings measures the channel
+_HELD_OUT_SHARE = 8  # every eighth chunk of embeddings calibrates the codes
+_CHANNEL_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -200,9 +198,8 @@ def _write_snapshot(
     item_fields: tuple[str, ...],
     record: dict[str, Any],
 ) -> None:
-    bottleneck, embedding = _fit_bottleneck(job, data, model, collate)
-    spec = calibrate(bottleneck, embedding, job.config.bits)
-    channel = channel_report(bottleneck, embedding, spec)
+    bottleneck, spec = _fit_bottleneck(job, data, model, collate)
+    channel = channel_report(bottleneck, _channel_rows(job, data, model, collate), spec)
     record["channel"] = asdict(channel)
     record["num_parameters"] = sum(value.numel() for value in model.parameters())
     snapshot = Snapshot(
@@ -215,7 +212,7 @@ def _write_snapshot(
             max_len=job.settings.raw_max_len,
             fm=job.config.model,
             bottleneck=job.config.bottleneck,
-            embedding_layer=job.config.embedding_layer,
+            embedding_layers=job.config.embedding_layers,
             code_spec=spec,
         ),
     )
@@ -231,30 +228,49 @@ def _write_snapshot(
 
 def _fit_bottleneck(
     job: FmJob, data: PreparedData, model: FoundationModel, collate: Collator
-) -> tuple[Bottleneck, torch.Tensor]:
-    """Fit on the newest history events of the FM's window; return the bottleneck and embeddings that it did not see."""
-    window = job.splits.fm
-    start_ts = _newest_start(data, job)
+) -> tuple[Bottleneck, CodeSpec]:
+    """Fit on the newest history events of the FM's window; choose the codes on embeddings that it did not see."""
+    window, config = job.splits.fm, job.config
     batches = (
         collate({name: values[rows["is_event"]] for name, values in rows.items()})
         for rows in iterate_rows(
             data.examples.files(window, job.buckets[0]),
-            TimeRange(start_ts, window.stop_ts),
+            TimeRange(_newest_start(data, job), window.stop_ts),
             columns=[*_columns(collate), "is_event"],
             batch_rows=2048,
         )
         if rows["is_event"].any()
     )
-    chunks = list(embedding_chunks(model, job.config.embedding_layer, batches))
+    chunks = list(embedding_chunks(model, config.embedding_layers, batches))
     held_out = chunks[::_HELD_OUT_SHARE]
     fitted = [chunk for index, chunk in enumerate(chunks) if index % _HELD_OUT_SHARE] or chunks
-    bottleneck = build_bottleneck(
-        job.config.bottleneck, model.layer_dim(job.config.embedding_layer)
+    bottleneck = build_bottleneck(config.bottleneck, model.embedding_dim(config.embedding_layers))
+    fit_bottleneck(bottleneck, fitted, bits=config.bits)
+    unseen = torch.cat([chunk.embedding for chunk in held_out])
+    return bottleneck, calibrate(bottleneck, unseen, config.bits)
+
+
+def _channel_rows(
+    job: FmJob, data: PreparedData, model: FoundationModel, collate: Collator
+) -> ChannelRows:
+    """Return rows of the FM's validation window, events or not, which nothing was fitted on."""
+    window = job.splits.fm_valid
+    files = data.examples.files(window, job.buckets[0])
+    blocks = iterate_rows(files, window, columns=_columns(collate), batch_rows=2048)
+    batches = [
+        collate(rows)
+        for rows in keep_known(blocks, window, job.splits.fm.stop_ts)
+        if len(rows["user"])
+    ]
+    # evenly over the window: its rows come in time order
+    every = max(1, -(-len(batches) * 2048 // _CHANNEL_ROWS))
+    chosen = batches[::every]
+    chunks = list(embedding_chunks(model, job.config.embedding_layers, chosen))
+    return ChannelRows(
+        torch.cat([chunk.embedding for chunk in chunks]),
+        torch.cat([batch.label[:, 0] for batch in chosen]),
+        torch.cat([chunk.target for chunk in chunks if chunk.target is not None]),
     )
-    settings = job.config.bottleneck
-    fit_bottleneck(bottleneck, fitted, init_rows=settings.init_rows, lr=settings.lr)
-    bottleneck.eval()
-    return bottleneck, torch.cat([chunk.embedding for chunk in held_out])
 
 
 def _newest_start(data: PreparedData, job: FmJob) -> int:

@@ -37,8 +37,8 @@ class SnapshotSpec:
     """Events of the raw history that the FM reads."""
     fm: FmConfig
     bottleneck: BottleneckConfig
-    embedding_layer: str
-    """The FM layer that the bottleneck shortens."""
+    embedding_layers: tuple[str, ...]
+    """The FM layers that are the FM embedding, side by side."""
     code_spec: CodeSpec
 
     def to_tree(self) -> dict[str, Any]:  # Any: JSON
@@ -50,7 +50,7 @@ class SnapshotSpec:
             "max_len": self.max_len,
             "fm": self.fm.model_dump(mode="json"),
             "bottleneck": self.bottleneck.model_dump(mode="json"),
-            "embedding_layer": self.embedding_layer,
+            "embedding_layers": list(self.embedding_layers),
             "code_spec": self.code_spec.to_tree(),
         }
 
@@ -69,7 +69,7 @@ class SnapshotSpec:
                 max_len=int(tree["max_len"]),
                 fm=FmConfig.model_validate(tree["fm"]),
                 bottleneck=BottleneckConfig.model_validate(tree["bottleneck"]),
-                embedding_layer=str(tree["embedding_layer"]),
+                embedding_layers=tuple(tree["embedding_layers"]),
                 code_spec=CodeSpec.from_tree(tree["code_spec"]),
             )
         except (KeyError, TypeError, ValueError, LoopFMError) as error:
@@ -125,7 +125,7 @@ def save_snapshot(
             meta={
                 "snapshot_id": snapshot.snapshot_id,
                 "trained_until_ts": snapshot.spec.trained_until_ts,
-                "embedding_layer": snapshot.spec.embedding_layer,
+                "embedding_layers": list(snapshot.spec.embedding_layers),
                 "code_spec": snapshot.spec.code_spec.to_tree(),
                 "record": dict(record or {}),
             },
@@ -148,7 +148,7 @@ def load_snapshot(directory: Path) -> Snapshot:
     tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
     spec = SnapshotSpec.from_tree(tree)
     fm = build_fm(spec.fm, spec.schema, spec.item_fields)
-    bottleneck = build_bottleneck(spec.bottleneck, fm.layer_dim(spec.embedding_layer))
+    bottleneck = build_bottleneck(spec.bottleneck, fm.embedding_dim(spec.embedding_layers))
     for model, name in ((fm, _FM), (bottleneck, _BOTTLENECK)):
         try:
             model.load_state_dict(load_file(directory / name))
