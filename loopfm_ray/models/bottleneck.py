@@ -229,9 +229,9 @@ def build_bottleneck(config: BottleneckConfig, in_dim: int) -> Bottleneck:
     return Bottleneck(config, in_dim)
 
 
-def _mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Module:
+def _mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     if not hidden:
-        return nn.Linear(in_dim, out_dim)
+        return nn.Sequential(nn.Linear(in_dim, out_dim))
     return nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
 
 
