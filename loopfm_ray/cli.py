@@ -97,7 +97,7 @@ def demo(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run the whole loop: prepare, train-fm, materialize, join, audit, train-vm, evaluate, publish, parity, report."""
+    """Run the whole loop: prepare, train-fm, compress, materialize, join, audit, train-vm, evaluate, publish, parity, report."""
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.pipeline import run_pipeline
 
@@ -127,8 +127,9 @@ def _stage_command(name: str, text: str) -> None:
 
 for _name, _text in {
     "prepare": "Read the log, check it, draw negatives and write training examples.",
-    "train-fm": "Train the foundation model and its bottleneck (after prepare).",
-    "materialize": "Embed and score every event later than the FM, once (after train-fm).",
+    "train-fm": "Train the foundation model (after prepare).",
+    "compress": "Fit the bottleneck that shortens its embeddings, and measure what they lose (after train-fm).",
+    "materialize": "Embed and score every event later than the FM, once (after compress).",
     "join": "Give each request the history that was visible to it (after materialize).",
     "audit": "Prove by recomputation that the joined set has no leak; exit 1 if it has.",
     "train-vm": "Train the vertical models (after join).",

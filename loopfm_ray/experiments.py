@@ -242,8 +242,12 @@ class RunPaths:
         return self.root / f"seed={seed}"
 
     def fm(self, seed: int) -> Path:
-        """The FM snapshot."""
+        """The trained FM."""
         return self.seed(seed) / "fm"
+
+    def snapshot(self, seed: int) -> Path:
+        """The FM with its bottleneck and codes."""
+        return self.seed(seed) / "snapshot"
 
     def latents(self, seed: int) -> Path:
         """The offline history store."""

@@ -13,6 +13,7 @@ VERBS = [
     "demo",
     "prepare",
     "train-fm",
+    "compress",
     "materialize",
     "join",
     "audit",

@@ -163,7 +163,7 @@ def _summary(
         **assemble_models(measured, config.baseline, config.kd, config.online.model),
         "curves": curves,
         "calibration_bins": {item["name"]: item["calibration_bins"] for item in measured[seed]},
-        "channel": read_manifest(paths.fm(seed)).meta["record"]["channel"],
+        "channel": read_manifest(paths.snapshot(seed)).meta["record"]["channel"],
         "history": {
             "coverage": joined.meta["coverage"],
             "mean_length": joined.meta["mean_length"],
@@ -237,6 +237,7 @@ def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Path]:
     vms = {f"vm/{name}": paths.vm(seed, name) for name in config.vms}
     return {
         "fm": paths.fm(seed),
+        "snapshot": paths.snapshot(seed),
         "latents": paths.latents(seed),
         "joined": paths.joined(seed),
         **vms,

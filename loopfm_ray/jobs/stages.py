@@ -17,6 +17,7 @@ from loopfm_ray.errors import JobError, StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.jobs.compress import CompressTask, compress
 from loopfm_ray.jobs.evaluate import (
     EvaluationRecord,
     evaluate_fm,
@@ -84,13 +85,14 @@ def run_prepare(context: Context) -> dict[str, Any]:
 
 
 def run_train_fm(context: Context) -> dict[str, Any]:
-    """Write an FM snapshot for each seed."""
+    """Train the FM of each seed."""
     config, result = context.config, {}
     prepared = _needed(config.paths.prepared, "prepare")
     splits = splits_of(config)
     for seed in config.seeds:
         path = config.paths.fm(seed)
-        settings = config_hash(config.fm, asdict(splits), config.data.past.max_len, seed)
+        learnt = (config.fm.model, config.fm.learning)
+        settings = config_hash(*learnt, asdict(splits), config.data.past.max_len, seed)
         inputs = {"prepared": prepared.version}
         if context.fresh or _current(path, settings, inputs) is None:
             work = config.paths.work / f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
@@ -103,20 +105,45 @@ def run_train_fm(context: Context) -> dict[str, Any]:
                 context.progress,
             )
             _keep_curves(work, config.paths.seed(seed) / "curves" / f"{MODEL_FM}.jsonl")
-        result[f"seed={seed}"] = read_manifest(path).meta["snapshot_id"]
+        result[f"seed={seed}"] = read_manifest(path).version
     return result
+
+
+def run_compress(context: Context) -> dict[str, Any]:
+    """Fit the bottleneck of each seed's FM and write the snapshot."""
+    config = context.config
+    prepared, splits = _needed(config.paths.prepared, "prepare"), splits_of(config)
+    todo = []
+    for seed in config.seeds:
+        fm = _needed(config.paths.fm(seed), "train-fm")
+        stage = config.fm
+        kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)
+        settings = config_hash(*kept, asdict(splits), seed)
+        inputs = {"prepared": prepared.version, "fm": fm.version}
+        path = config.paths.snapshot(seed)
+        if context.fresh or _current(path, settings, inputs) is None:
+            source, target = config.paths.fm(seed).absolute(), path.absolute()
+            folder = config.paths.prepared.absolute()
+            todo.append(CompressTask(folder, source, target, stage, splits, seed, settings))
+    list(context.mapper("compress")(compress, todo))
+    return {f"seed={seed}": _channel(config, seed) for seed in config.seeds}
+
+
+def _channel(config: PipelineConfig, seed: int) -> dict[str, Any]:
+    meta = read_manifest(config.paths.snapshot(seed)).meta
+    return {"snapshot_id": meta["snapshot_id"], **meta["record"]["channel"]}
 
 
 def run_materialize(context: Context) -> dict[str, Any]:
     """Write the latents version of each seed."""
     config, result = context.config, {}
     for seed in config.seeds:
-        _needed(config.paths.fm(seed), "train-fm")
+        _needed(config.paths.snapshot(seed), "compress")
         if context.fresh:
             shutil.rmtree(config.paths.latents(seed), ignore_errors=True)
         manifest = materialize(
             config.paths.prepared,
-            config.paths.fm(seed),
+            config.paths.snapshot(seed),
             config.paths.latents(seed),
             delay_us=config.history.delay_us,
             num_workers=config.ray.parallel_tasks,
@@ -247,8 +274,9 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     splits = splits_of(config)
     todo: list[tuple[Path, str, Callable[[], EvaluationRecord]]] = []
     for seed in config.seeds:
-        snapshot, joined = config.paths.fm(seed).absolute(), config.paths.joined(seed).absolute()
-        key = config_hash(_needed(snapshot, "train-fm").version, _needed(joined, "join").version)
+        snapshot = config.paths.snapshot(seed).absolute()
+        joined = config.paths.joined(seed).absolute()
+        key = config_hash(_needed(snapshot, "compress").version, _needed(joined, "join").version)
 
         def measure_fm(
             snapshot: Path = snapshot, joined: Path = joined, seed: int = seed
@@ -345,6 +373,7 @@ def _keep_curves(work: Path, path: Path) -> None:
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "prepare": run_prepare,
     "train-fm": run_train_fm,
+    "compress": run_compress,
     "materialize": run_materialize,
     "join": run_join,
     "audit": run_audit,

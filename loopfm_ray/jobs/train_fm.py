@@ -1,11 +1,11 @@
-"""Train the FM with Ray Train, its rows streamed in time order by Ray Data; then fit the bottleneck and write the snapshot.
+"""Train the FM with Ray Train, its rows streamed in time order by Ray Data, and write its weights.
 
 Each worker reads a Ray Data set of its own, whose files and order the driver fixed, so the same seed gives the same rows in
 the same order however Ray schedules, and a resumed run sees exactly the rows that the undisturbed one would have seen.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray.train import DataConfig
 from ray.train.torch import TorchTrainer
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
-from loopfm_ray.data.examples import Rows, iterate_rows, rows_of
+from loopfm_ray.data.examples import Rows, rows_of
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.data.split import Splits
@@ -24,19 +24,10 @@ from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
-from loopfm_ray.models.bottleneck import Bottleneck, build_bottleneck
-from loopfm_ray.models.channel import ChannelRows, channel_report
-from loopfm_ray.models.fitting import calibrate, fit_bottleneck
-from loopfm_ray.models.foundation import FoundationModel, build_fm
-from loopfm_ray.store.codes import CodeSpec
-from loopfm_ray.train.embed import embedding_chunks
-from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
-from loopfm_ray.types import TimeRange
+from loopfm_ray.models.foundation import build_fm
+from loopfm_ray.train.weights import FmSpec, TrainedFm, save_fm
 
 __all__ = ["FmJob", "FmSettings", "train_fm"]
-
-_HELD_OUT_SHARE = 8  # every eighth chunk of embeddings calibrates the codes
-_CHANNEL_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ def train_fm(
     settings: FmSettings,
     progress: Progress = silent,
 ) -> None:
-    """Train the FM on the FM window and write its snapshot at `out_dir`; a killed run goes on from its checkpoint.
+    """Train the FM on the FM window and write it at `out_dir`; a killed run goes on from its checkpoint.
 
     Raises:
         LoopFMError: what a worker raised.
@@ -178,8 +169,25 @@ def _worker(config: dict[str, Any]) -> None:
     )
     report = train(task, worker)
     if worker.is_first:
-        record = {"rows_per_s": report.rows_per_s * worker.world_size, "train_s": report.seconds}
-        _write_snapshot(job, data, model, collate, item_fields, record)
+        record = {
+            "rows_per_s": report.rows_per_s * worker.world_size,
+            "train_s": report.seconds,
+            "num_parameters": sum(value.numel() for value in model.parameters()),
+        }
+        spec = FmSpec(
+            trained_until_ts=job.splits.fm.stop_ts - 1,
+            schema=schema,
+            item_fields=item_fields,
+            max_len=job.settings.raw_max_len,
+            fm=job.config.model,
+        )
+        save_fm(
+            TrainedFm(model, spec, record),
+            job.out_dir,
+            settings_hash=job.settings.config_hash,
+            inputs={"prepared": data.manifest.version},
+            num_rows=sum(job.plan.num_rows),
+        )
     # a run without a final checkpoint counts as unfinished, and the others wait for the first here
     ray.train.report({"done": 1})
 
@@ -188,94 +196,3 @@ def _blocks(rank: int) -> Iterator[Rows]:
     shard = ray.train.get_dataset_shard(_name(rank))
     for table in shard.iter_batches(batch_size=65_536, batch_format="pyarrow", prefetch_batches=1):
         yield rows_of(table)
-
-
-def _write_snapshot(
-    job: FmJob,
-    data: PreparedData,
-    model: FoundationModel,
-    collate: Collator,
-    item_fields: tuple[str, ...],
-    record: dict[str, Any],
-) -> None:
-    bottleneck, spec = _fit_bottleneck(job, data, model, collate)
-    channel = channel_report(bottleneck, _channel_rows(job, data, model, collate), spec)
-    record["channel"] = asdict(channel)
-    record["num_parameters"] = sum(value.numel() for value in model.parameters())
-    snapshot = Snapshot(
-        model,
-        bottleneck,
-        SnapshotSpec(
-            trained_until_ts=job.splits.fm.stop_ts - 1,
-            schema=data.schema_as_of(job.splits.fm.stop_ts),
-            item_fields=item_fields,
-            max_len=job.settings.raw_max_len,
-            fm=job.config.model,
-            bottleneck=job.config.bottleneck,
-            embedding_layers=job.config.embedding_layers,
-            code_spec=spec,
-        ),
-    )
-    save_snapshot(
-        snapshot,
-        job.out_dir,
-        settings_hash=job.settings.config_hash,
-        inputs={"prepared": data.manifest.version},
-        record=record,
-        num_rows=sum(job.plan.num_rows),
-    )
-
-
-def _fit_bottleneck(
-    job: FmJob, data: PreparedData, model: FoundationModel, collate: Collator
-) -> tuple[Bottleneck, CodeSpec]:
-    """Fit on the newest history events of the FM's window; choose the codes on embeddings that it did not see."""
-    window, config = job.splits.fm, job.config
-    batches = (
-        collate({name: values[rows["is_event"]] for name, values in rows.items()})
-        for rows in iterate_rows(
-            data.examples.files(window, job.buckets[0]),
-            TimeRange(_newest_start(data, job), window.stop_ts),
-            columns=[*_columns(collate), "is_event"],
-            batch_rows=2048,
-        )
-        if rows["is_event"].any()
-    )
-    chunks = list(embedding_chunks(model, config.embedding_layers, batches))
-    held_out = chunks[::_HELD_OUT_SHARE]
-    fitted = [chunk for index, chunk in enumerate(chunks) if index % _HELD_OUT_SHARE] or chunks
-    bottleneck = build_bottleneck(config.bottleneck, model.embedding_dim(config.embedding_layers))
-    fit_bottleneck(bottleneck, fitted, bits=config.bits)
-    unseen = torch.cat([chunk.embedding for chunk in held_out])
-    return bottleneck, calibrate(bottleneck, unseen, config.bits)
-
-
-def _channel_rows(
-    job: FmJob, data: PreparedData, model: FoundationModel, collate: Collator
-) -> ChannelRows:
-    """Return rows of the FM's validation window, events or not, which nothing was fitted on."""
-    window = job.splits.fm_valid
-    files = data.examples.files(window, job.buckets[0])
-    blocks = iterate_rows(files, window, columns=_columns(collate), batch_rows=2048)
-    batches = [
-        collate(rows)
-        for rows in keep_known(blocks, window, job.splits.fm.stop_ts)
-        if len(rows["user"])
-    ]
-    # evenly over the window: its rows come in time order
-    every = max(1, -(-len(batches) * 2048 // _CHANNEL_ROWS))
-    chosen = batches[::every]
-    chunks = list(embedding_chunks(model, job.config.embedding_layers, chosen))
-    return ChannelRows(
-        torch.cat([chunk.embedding for chunk in chunks]),
-        torch.cat([batch.label[:, 0] for batch in chosen]),
-        torch.cat([chunk.target for chunk in chunks if chunk.target is not None]),
-    )
-
-
-def _newest_start(data: PreparedData, job: FmJob) -> int:
-    """Return from when on the first worker's window holds about `bottleneck_rows` rows."""
-    window = job.splits.fm
-    num_rows = data.examples.num_rows(window, job.buckets[0])
-    share = min(1.0, job.config.bottleneck_rows / max(num_rows, 1))
-    return window.stop_ts - max(1, round((window.stop_ts - window.start_ts) * share))

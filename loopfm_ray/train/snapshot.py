@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loopfm_ray.config import config_hash
@@ -18,10 +17,11 @@ from loopfm_ray.models.bottleneck import Bottleneck, BottleneckConfig, build_bot
 from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage, verify
+from loopfm_ray.train.weights import FM_WEIGHTS, FmSpec, load_weights, save_weights
 
 __all__ = ["Snapshot", "SnapshotSpec", "load_snapshot", "save_snapshot"]
 
-_FM, _BOTTLENECK, _SPEC = "fm.safetensors", "bottleneck.safetensors", "snapshot.json"
+_BOTTLENECK, _SPEC = "bottleneck.safetensors", "snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,33 @@ class SnapshotSpec:
     """The FM layers that are the FM embedding, side by side."""
     code_spec: CodeSpec
 
+    @classmethod
+    def of(
+        cls,
+        fm: FmSpec,
+        bottleneck: BottleneckConfig,
+        embedding_layers: tuple[str, ...],
+        code_spec: CodeSpec,
+    ) -> "SnapshotSpec":
+        """Return the spec of a trained FM with a bottleneck."""
+        return cls(
+            fm.trained_until_ts,
+            fm.schema,
+            fm.item_fields,
+            fm.max_len,
+            fm.fm,
+            bottleneck,
+            embedding_layers,
+            code_spec,
+        )
+
     def to_tree(self) -> dict[str, Any]:  # Any: JSON
         """Return the spec as a JSON tree."""
+        fm = FmSpec(
+            self.trained_until_ts, self.schema, self.item_fields, self.max_len, self.fm
+        ).to_tree()
         return {
-            "trained_until_ts": self.trained_until_ts,
-            "schema": json.loads(self.schema.to_json()),
-            "item_fields": list(self.item_fields),
-            "max_len": self.max_len,
-            "fm": self.fm.model_dump(mode="json"),
+            **fm,
             "bottleneck": self.bottleneck.model_dump(mode="json"),
             "embedding_layers": list(self.embedding_layers),
             "code_spec": self.code_spec.to_tree(),
@@ -62,15 +81,11 @@ class SnapshotSpec:
             StoreError: the tree is no snapshot spec.
         """
         try:
-            return cls(
-                trained_until_ts=int(tree["trained_until_ts"]),
-                schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
-                item_fields=tuple(tree["item_fields"]),
-                max_len=int(tree["max_len"]),
-                fm=FmConfig.model_validate(tree["fm"]),
-                bottleneck=BottleneckConfig.model_validate(tree["bottleneck"]),
-                embedding_layers=tuple(tree["embedding_layers"]),
-                code_spec=CodeSpec.from_tree(tree["code_spec"]),
+            return cls.of(
+                FmSpec.from_tree(tree),
+                BottleneckConfig.model_validate(tree["bottleneck"]),
+                tuple(tree["embedding_layers"]),
+                CodeSpec.from_tree(tree["code_spec"]),
             )
         except (KeyError, TypeError, ValueError, LoopFMError) as error:
             raise StoreError(f"not a snapshot spec: {error}; write it with to_tree") from error
@@ -107,15 +122,15 @@ def save_snapshot(
     Args:
         snapshot: what to write.
         directory: its final name.
-        inputs: versions it was trained on, by name.
-        settings_hash: of all settings that shaped the training; that of the model's configs if not given.
+        inputs: versions it was made from, by name.
+        settings_hash: of all settings that shaped it; that of the model's configs if not given.
         record: JSON to keep with it, such as its speed and the channel report.
-        num_rows: rows it was trained on.
+        num_rows: rows that the FM was trained on.
     """
-    tree = {"format_version": 1, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
+    tree = {"format_version": 2, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
     with stage(directory) as staged:
-        _save_weights(snapshot.fm, staged / _FM)
-        _save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
+        save_weights(snapshot.fm, staged / FM_WEIGHTS)
+        save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True), encoding="utf-8")
         return commit(
             staged,
@@ -149,12 +164,8 @@ def load_snapshot(directory: Path) -> Snapshot:
     spec = SnapshotSpec.from_tree(tree)
     fm = build_fm(spec.fm, spec.schema, spec.item_fields)
     bottleneck = build_bottleneck(spec.bottleneck, fm.embedding_dim(spec.embedding_layers))
-    for model, name in ((fm, _FM), (bottleneck, _BOTTLENECK)):
-        try:
-            model.load_state_dict(load_file(directory / name))
-        except RuntimeError as error:
-            raise StoreError(f"{directory / name} does not fit its spec: {error}") from error
-        model.eval()
+    load_weights(fm, directory / FM_WEIGHTS)
+    load_weights(bottleneck, directory / _BOTTLENECK)
     return Snapshot(fm, bottleneck, spec, tree["snapshot_id"], manifest.version)
 
 
@@ -165,10 +176,3 @@ def _identify(fm: nn.Module, bottleneck: nn.Module, spec: SnapshotSpec) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
-        path,
-    )
