@@ -20,6 +20,7 @@ __all__ = ["ChannelReport", "ChannelRows", "channel_report", "probe_logloss"]
 _L2 = 1e-3
 _MAX_STEPS = 100
 _MIN_STD = 1e-6
+_SPLIT_SEED = 11
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def _probes(rows: ChannelRows, stages: dict[str, Tensor]) -> dict[str, float]:
     if label is None or bool((label == label[0]).all()):
         return {}
     label = label.float().cpu()
-    # rows come in time order: every other one, so that both halves are of one time
-    fit, test = slice(0, None, 2), slice(1, None, 2)
+    # at random: in the order of the log a positive and its negative take turns
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    fit, test = order[: len(label) // 2], order[len(label) // 2 :]
     base = label[fit].mean().expand(len(label[test]))
     found = {"none": float(functional.binary_cross_entropy(base, label[test]))}
     for name, values in stages.items():

@@ -218,6 +218,17 @@ def test_a_probe_finds_the_logloss_of_the_truth():
         probe_logloss((x[:0], label[:0]), (x, label))
 
 
+def test_probes_do_not_depend_on_positives_and_negatives_taking_turns():
+    x = torch.randn(4000, 10, generator=torch.Generator().manual_seed(0))
+    label = torch.arange(4000).float() % 2
+    bottleneck = build_bottleneck(SMALL, 10)
+    bottleneck.initialise(x)
+    rows = ChannelRows(x, label)
+    found = channel_report(bottleneck, rows, calibrate(bottleneck, x, 4)).probe_logloss
+    assert found["none"] == pytest.approx(0.6931, abs=1e-3)
+    assert found["embedding"] == pytest.approx(0.6931, abs=0.01)
+
+
 def test_the_report_shows_a_bad_link_in_the_channel():
     generator = torch.Generator().manual_seed(0)
     x = low_rank_embeddings(4000)
