@@ -6,6 +6,7 @@ Up to date means: made by the same code, from the same settings and the same inp
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,14 @@ from loopfm_ray.store.publish import publish
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
-__all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of"]
+__all__ = [
+    "STAGES",
+    "Context",
+    "evaluation_path",
+    "export_bundle",
+    "predictions_path",
+    "splits_of",
+]
 
 
 @dataclass(frozen=True)
@@ -268,6 +276,11 @@ def evaluation_path(config: PipelineConfig, seed: int, name: str) -> Path:
     return config.paths.seed(seed) / "evaluation" / f"{name}.json"
 
 
+def predictions_path(config: PipelineConfig, seed: int, name: str) -> Path:
+    """Return where the test predictions of one model are kept."""
+    return config.paths.seed(seed) / "predictions" / f"{name}.parquet"
+
+
 def run_evaluate(context: Context) -> dict[str, Any]:
     """Measure all models on the test window."""
     config = context.config
@@ -278,16 +291,21 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         joined = config.paths.joined(seed).absolute()
         key = config_hash(_needed(snapshot, "compress").version, _needed(joined, "join").version)
 
-        def measure_fm(
-            snapshot: Path = snapshot, joined: Path = joined, seed: int = seed
-        ) -> EvaluationRecord:
-            return evaluate_fm(snapshot, joined, splits.vm_valid, splits.test, seed)
-
+        measure_fm = partial(
+            evaluate_fm,
+            snapshot,
+            joined,
+            config.paths.prepared.absolute(),
+            splits,
+            seed,
+            predictions_path(config, seed, MODEL_FM).absolute(),
+        )
         todo.append((evaluation_path(config, seed, MODEL_FM), key, measure_fm))
     for job in vm_jobs(config):
         key = config_hash(_needed(job.out_dir, "train-vm").version)
         path = evaluation_path(config, job.seed, job.name)
-        todo.append((path, key, lambda job=job: evaluate_vm(job)))  # type: ignore[misc]
+        predictions = predictions_path(config, job.seed, job.name).absolute()
+        todo.append((path, key, partial(evaluate_vm, job, predictions)))
     todo = [item for item in todo if context.fresh or not _is_measured(item[0], item[1])]
     measured = context.mapper("evaluate")(_measure, [(key, call) for _, key, call in todo])
     for (path, _, _), record in zip(todo, measured, strict=True):

@@ -79,7 +79,7 @@ def test_the_bound_is_what_the_history_gives():
 
 def test_intervals_count_users_not_rows():
     """A row repeated by its user tells nothing new."""
-    label, probs, user, _ = known_world(2000)
+    label, probs, _, _ = known_world(2000)
     losses = {name: row_logloss(label, p) for name, p in probs.items()}
     once = decompose(losses, np.arange(2000))
     often = decompose(
