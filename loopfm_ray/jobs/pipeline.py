@@ -15,9 +15,10 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.scoring import run_parity
-from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
+from loopfm_ray.jobs.stages import STAGES, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
 from loopfm_ray.store.manifest import code_version, read_manifest

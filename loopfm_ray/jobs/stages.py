@@ -1,11 +1,8 @@
-"""The stages of a run: each reads versions, writes versions, and does nothing when what it would write is there already.
-
-Up to date means: made by the same code, from the same settings and the same input versions.
-"""
+"""The stages of a run: each reads versions, writes versions, and does nothing when what it would write is there already."""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,12 @@ from typing import Any
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import JobError, StoreError
-from loopfm_ray.experiments import MODEL_FM, PipelineConfig
+from loopfm_ray.experiments import MODEL_FM, PipelineConfig, VmStageConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.jobs.compress import CompressTask, compress
+from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.evaluate import (
     EvaluationRecord,
     evaluate_fm,
@@ -26,83 +23,40 @@ from loopfm_ray.jobs.evaluate import (
     read_record,
     write_record,
 )
-from loopfm_ray.jobs.mapping import Progress, RayMapper
 from loopfm_ray.jobs.materialize import materialize
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
-from loopfm_ray.store.manifest import MANIFEST, Manifest, code_version, read_manifest
+from loopfm_ray.store.manifest import Manifest, code_version, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
-__all__ = [
-    "STAGES",
-    "Context",
-    "evaluation_path",
-    "export_bundle",
-    "predictions_path",
-    "splits_of",
-]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage gets."""
-
-    config: PipelineConfig
-    progress: Progress
-    fresh: bool = False
-
-    def mapper(self, stage: str) -> RayMapper:
-        """Return a mapper over the cluster that reports as `stage`."""
-        return RayMapper(self.config.ray.parallel_tasks, stage, self.progress)
-
-
-def splits_of(config: PipelineConfig) -> Splits:
-    """Return the windows of the prepared data of a run."""
-    return config.data.split.ranges(*PreparedData.open(config.paths.prepared).log_range)
-
-
-def _current(path: Path, settings_hash: str, inputs: dict[str, str]) -> Manifest | None:
-    """Return the version at `path` if it is what would be written again, else None."""
-    if not (path / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(path)
-    same = manifest.config_hash == settings_hash and manifest.code_version == code_version()
-    return manifest if same and manifest.inputs == inputs else None
-
-
-def _needed(path: Path, stage: str) -> Manifest:
-    try:
-        return read_manifest(path)
-    except StoreError as error:
-        raise StoreError(
-            f"{path} is not there; run `loopfm {stage}` with the same config first"
-        ) from error
+__all__ = ["STAGES", "evaluation_path", "export_bundle", "predictions_path"]
 
 
 def run_prepare(context: Context) -> dict[str, Any]:
     """Write the prepared version."""
     config, path = context.config, context.config.paths.prepared
-    manifest = None if context.fresh else _current(path, config_hash(config.data), {})
+    manifest = context.find(path, config_hash(config.data), {})
     if manifest is None:
         context.progress("prepare", 0, 1)
-        manifest = prepare(config.data, path, mapper=context.mapper("prepare"), replace_other=True)
+        prepare(config.data, path, mapper=context.mapper("prepare"), replace_other=True)
+        manifest = context.share(path)
     return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
 
 
 def run_train_fm(context: Context) -> dict[str, Any]:
     """Train the FM of each seed."""
     config, result = context.config, {}
-    prepared = _needed(config.paths.prepared, "prepare")
+    prepared = needed(config.paths.prepared, "prepare")
     splits = splits_of(config)
     for seed in config.seeds:
         path = config.paths.fm(seed)
         learnt = (config.fm.model, config.fm.learning)
         settings = config_hash(*learnt, asdict(splits), config.data.past.max_len, seed)
         inputs = {"prepared": prepared.version}
-        if context.fresh or _current(path, settings, inputs) is None:
+        if context.find(path, settings, inputs) is None:
             work = config.paths.work / f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
             _clear(work, context.fresh)
             train_fm(
@@ -113,6 +67,7 @@ def run_train_fm(context: Context) -> dict[str, Any]:
                 context.progress,
             )
             _keep_curves(work, config.paths.seed(seed) / "curves" / f"{MODEL_FM}.jsonl")
+            context.share(path)
         result[f"seed={seed}"] = read_manifest(path).version
     return result
 
@@ -120,20 +75,22 @@ def run_train_fm(context: Context) -> dict[str, Any]:
 def run_compress(context: Context) -> dict[str, Any]:
     """Fit the bottleneck of each seed's FM and write the snapshot."""
     config = context.config
-    prepared, splits = _needed(config.paths.prepared, "prepare"), splits_of(config)
+    prepared, splits = needed(config.paths.prepared, "prepare"), splits_of(config)
     todo = []
     for seed in config.seeds:
-        fm = _needed(config.paths.fm(seed), "train-fm")
+        fm = needed(config.paths.fm(seed), "train-fm")
         stage = config.fm
         kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)
         settings = config_hash(*kept, asdict(splits), seed)
         inputs = {"prepared": prepared.version, "fm": fm.version}
         path = config.paths.snapshot(seed)
-        if context.fresh or _current(path, settings, inputs) is None:
+        if context.find(path, settings, inputs) is None:
             source, target = config.paths.fm(seed).absolute(), path.absolute()
             folder = config.paths.prepared.absolute()
             todo.append(CompressTask(folder, source, target, stage, splits, seed, settings))
     list(context.mapper("compress")(compress, todo))
+    for task in todo:
+        context.share(task.out_dir)
     return {f"seed={seed}": _channel(config, seed) for seed in config.seeds}
 
 
@@ -146,7 +103,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
     """Write the latents version of each seed."""
     config, result = context.config, {}
     for seed in config.seeds:
-        _needed(config.paths.snapshot(seed), "compress")
+        needed(config.paths.snapshot(seed), "compress")
         if context.fresh:
             shutil.rmtree(config.paths.latents(seed), ignore_errors=True)
         manifest = materialize(
@@ -168,13 +125,13 @@ def run_join(context: Context) -> dict[str, Any]:
     window = TimeRange(splits.vm.start_ts, splits.test.stop_ts)
     settings = JoinSettings(config.history.max_len, config.history.retention_us)
     for seed in config.seeds:
-        latents = _needed(config.paths.latents(seed), "materialize")
+        latents = needed(config.paths.latents(seed), "materialize")
         prepared = read_manifest(config.paths.prepared)
         inputs = {"prepared": prepared.version, "latents": latents.version}
         hashed = config_hash(
             settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
         )
-        manifest = None if context.fresh else _current(config.paths.joined(seed), hashed, inputs)
+        manifest = context.find(config.paths.joined(seed), hashed, inputs)
         if manifest is None:
             manifest = write_joined(
                 config.paths.prepared.absolute(),
@@ -185,6 +142,7 @@ def run_join(context: Context) -> dict[str, Any]:
                 mapper=context.mapper("join"),
                 replace_other=True,
             )
+            context.share(config.paths.joined(seed))
         shown = ("coverage", "mean_length", "staleness_s")
         result[f"seed={seed}"] = {name: manifest.meta[name] for name in shown}
     return result
@@ -194,7 +152,7 @@ def run_audit(context: Context) -> dict[str, Any]:
     """Recompute a sample of the joined version of the first seed; stop the run if it leaks."""
     config = context.config
     seed = config.seeds[0]
-    _needed(config.paths.joined(seed), "join")
+    needed(config.paths.joined(seed), "join")
     context.progress("audit", 0, 1)
     report = _audit(config, seed)
     context.progress("audit", 1, 1)
@@ -222,10 +180,10 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
     fields = tuple(field.name for field in config.data.vm_schema(data.schema).fields)
     jobs = []
     for seed in config.seeds:
-        joined = _needed(config.paths.joined(seed), "join")
+        joined = needed(config.paths.joined(seed), "join")
         for name, stage in config.vms.items():
             settings = config_hash(stage, asdict(splits), fields, config.data.past.max_len, seed)
-            inputs = {"prepared": data.manifest.version, "joined": joined.version}
+            inputs = _vm_inputs(config, stage, seed, data.manifest, joined)
             key = config_hash(settings, inputs, code_version())
             jobs.append(
                 VmJob(
@@ -240,27 +198,29 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
                     raw_max_len=config.data.past.max_len,
                     seed=seed,
                     config_hash=settings,
+                    inputs=inputs,
                 )
             )
     return jobs
 
 
-def _vm_inputs(job: VmJob) -> dict[str, str]:
-    return {
-        "prepared": read_manifest(job.prepared).version,
-        "joined": read_manifest(job.joined).version,
-    }
+def _vm_inputs(
+    config: PipelineConfig, stage: VmStageConfig, seed: int, prepared: Manifest, joined: Manifest
+) -> dict[str, str]:
+    """Return the versions that a VM depends on: one without the FM's history outlives a change of that history."""
+    inputs = {"prepared": prepared.version}
+    if stage.model.history.kind in ("latent", "both"):
+        inputs["joined"] = joined.version
+    elif stage.kd_weight:
+        inputs["fm"] = read_manifest(config.paths.fm(seed)).version
+    return inputs
 
 
 def run_train_vm(context: Context) -> dict[str, Any]:
     """Train every VM under every seed, several side by side."""
     config = context.config
     jobs = vm_jobs(config)
-    todo = [
-        job
-        for job in jobs
-        if context.fresh or _current(job.out_dir, job.config_hash, _vm_inputs(job)) is None
-    ]
+    todo = [job for job in jobs if context.find(job.out_dir, job.config_hash, job.inputs) is None]
     # the slow ones first, so that the last one does not run alone for long
     todo.sort(key=lambda job: job.config.model.history.kind == "none")
     for job in todo:
@@ -268,6 +228,7 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     train_vms(todo, config.ray.parallel_tasks, context.progress)
     for job in todo:
         _keep_curves(job.work_dir, config.paths.seed(job.seed) / "curves" / f"{job.name}.jsonl")
+        context.share(job.out_dir)
     return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
 
 
@@ -289,7 +250,7 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     for seed in config.seeds:
         snapshot = config.paths.snapshot(seed).absolute()
         joined = config.paths.joined(seed).absolute()
-        key = config_hash(_needed(snapshot, "compress").version, _needed(joined, "join").version)
+        key = config_hash(needed(snapshot, "compress").version, needed(joined, "join").version)
 
         measure_fm = partial(
             evaluate_fm,
@@ -302,7 +263,7 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         )
         todo.append((evaluation_path(config, seed, MODEL_FM), key, measure_fm))
     for job in vm_jobs(config):
-        key = config_hash(_needed(job.out_dir, "train-vm").version)
+        key = config_hash(needed(job.out_dir, "train-vm").version)
         path = evaluation_path(config, job.seed, job.name)
         predictions = predictions_path(config, job.seed, job.name).absolute()
         todo.append((path, key, partial(evaluate_vm, job, predictions)))
@@ -356,7 +317,7 @@ def export_bundle(config: PipelineConfig) -> Manifest:
     """Write the bundle of the VM that is served, from the first seed."""
     seed, name = config.seeds[0], config.online.model
     data = PreparedData.open(config.paths.prepared)
-    trained_manifest = _needed(config.paths.vm(seed, name), "train-vm")
+    trained_manifest = needed(config.paths.vm(seed, name), "train-vm")
     trained = load_trained_vm(config.paths.vm(seed, name))
     joined = read_manifest(config.paths.joined(seed))
     names = {field.name for field in trained.schema.fields}

@@ -4,7 +4,7 @@ A VM's rows come from the joined set through a reader in the worker itself: the 
 Ray Data pipeline for each epoch would cost more than the epoch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ class VmJob:
     raw_max_len: int
     seed: int
     config_hash: str
+    inputs: Mapping[str, str]
+    """Versions that it depends on, by name."""
 
     @property
     def metrics_file(self) -> Path:
@@ -211,10 +213,7 @@ def _worker(config: dict[str, Any]) -> None:
             job.out_dir,
             trained,
             config_hash=job.config_hash,
-            inputs={
-                "prepared": data.prepared.manifest.version,
-                "joined": read_manifest(job.joined).version,
-            },
+            inputs=job.inputs,
             num_rows=sum(plan.num_rows),
         )
     ray.train.report({"done": 1})
