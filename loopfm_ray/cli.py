@@ -142,6 +142,36 @@ for _name, _text in {
 
 
 @app.command()
+def experiment(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="An experiment: a YAML file, or the name of one in the package."
+        ),
+    ],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run models, arms and variants of a pipeline under several seeds and compare them; goes on where it stopped."""
+    log.setup("INFO" if verbose else "WARNING")
+    from loopfm_ray.experiment_grid import ExperimentConfig
+
+    settings = load_config(ExperimentConfig, find_config(config), overrides or ())
+    from loopfm_ray.jobs.experiment import run_experiment
+
+    with _progress() as progress:
+        summary = run_experiment(settings, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from loopfm_ray.report.table import write_cells
+
+    write_cells(summary, sys.stdout)
+    typer.echo(f"summary: {settings.root / 'summary.json'}")
+
+
+@app.command()
 def serve(
     config: ConfigArgument = None,
     overrides: SetOption = None,

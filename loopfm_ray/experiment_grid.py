@@ -1,7 +1,7 @@
 """The config of an experiment: models, arms and variants of one pipeline, each cell over several seeds."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -41,6 +41,7 @@ class ExperimentConfig(Config):
     parts of a variant (`data`, `fm`, `history`) overlay the experiment's own.
     """
 
+    kind: Literal["experiment"] = "experiment"
     name: str = Field(pattern=_NAME, max_length=100)
     """Name of the experiment's folder."""
     run_dir: str = "runs"

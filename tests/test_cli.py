@@ -22,6 +22,7 @@ VERBS = [
     "publish",
     "parity",
     "report",
+    "experiment",
     "serve",
     "config",
     "doctor",
