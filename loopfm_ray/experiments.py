@@ -104,8 +104,8 @@ class FmStageConfig(Config):
     model: FmConfig = FmConfig()
     learning: LearningConfig = LearningConfig(batch_rows=2048, num_workers=2)
     bottleneck: BottleneckConfig = BottleneckConfig()
-    embedding_layer: str = "embedding"
-    """The FM layer whose activation is the FM embedding."""
+    embedding_layers: tuple[str, ...] = Field(default=("embedding",), min_length=1)
+    """The FM layers whose activations, side by side, are the FM embedding: `embedding`, `sequence`, `hidden_0`, ..."""
     bits: Annotated[int, Field(ge=2, le=16)] = 4
     """Bits of each number of a stored latent: 2, 4, 8 or 16."""
     bottleneck_rows: PositiveInt = 200_000
@@ -322,8 +322,12 @@ class RunPaths:
         return self.root / f"seed={seed}"
 
     def fm(self, seed: int) -> Location:
-        """The FM snapshot."""
+        """The trained FM."""
         return join(self.versions, f"seed={seed}", "fm")
+
+    def snapshot(self, seed: int) -> Location:
+        """The FM with its bottleneck and codes."""
+        return join(self.versions, f"seed={seed}", "snapshot")
 
     def latents(self, seed: int) -> Location:
         """The offline history store."""

@@ -4,7 +4,7 @@ A VM's rows come from the joined set through a reader in the worker itself: the 
 Ray Data pipeline for each epoch would cost more than the epoch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
@@ -173,22 +172,13 @@ class VmJob:
     raw_max_len: int
     seed: int
     config_hash: str
+    inputs: Mapping[str, str]
+    """Versions that it depends on, by name."""
 
     @property
     def metrics_file(self) -> Path:
         """Where it is shown how far the training is."""
         return self.work_dir / "metrics.jsonl"
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What the VM is made from: the versions, and the space that its latents are of."""
-        joined = read_manifest(self.joined)
-        return {
-            "prepared": read_manifest(self.prepared).version,
-            "joined": joined.version,
-            "latents": joined.meta["latents_version"],
-            "space": joined.meta["space"],
-        }
 
 
 def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:

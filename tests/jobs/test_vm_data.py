@@ -71,7 +71,8 @@ def job(made, joined, config):
     window = TimeRange(VM_STOP, STOP)
     splits = Splits(*[window] * 7)
     return VmJob(
-        "vm", made.prepared, joined, made.bundle, made.bundle, config, splits, FIELDS, 6, 0, "c"
+        "vm", made.prepared, joined, made.bundle, made.bundle, made.bundle,
+        config, splits, FIELDS, 6, 0, "c", {}
     )  # fmt: skip
 
 
