@@ -56,7 +56,7 @@ def load(folder: Path) -> Snapshot:
     """Read a snapshot without checking it."""
     spec = SnapshotSpec.from_tree(json.loads((folder / "snapshot.json").read_text("utf-8")))
     fm = build_fm(spec.fm, spec.schema, spec.item_fields)
-    bottleneck = build_bottleneck(spec.bottleneck, fm.layer_dim(spec.embedding_layer))
+    bottleneck = build_bottleneck(spec.bottleneck, fm.embedding_dim(spec.embedding_layers))
     fm.load_state_dict(load_file(folder / "fm.safetensors"))
     bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))
     return Snapshot(fm.eval(), bottleneck.eval(), spec, "bare")
@@ -104,7 +104,7 @@ def embed(
     for begin in range(0, len(rows["item"]), BATCH_ROWS):
         batch = collate({name: v[begin : begin + BATCH_ROWS] for name, v in rows.items()})
         output = snapshot.fm(batch)
-        latent = snapshot.bottleneck.encode(output.layers[snapshot.spec.embedding_layer])
+        latent = snapshot.bottleneck.encode(output.embedding(snapshot.spec.embedding_layers))
         yield latent.numpy(), torch.sigmoid(output.logit[:, 0]).numpy()
 
 

@@ -16,7 +16,8 @@ from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.experiments import FmStageConfig
-from loopfm_ray.models.bottleneck import build_bottleneck, calibrate, fit_bottleneck
+from loopfm_ray.models.bottleneck import build_bottleneck
+from loopfm_ray.models.fitting import calibrate, fit_bottleneck
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.train.embed import embedding_chunks
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
@@ -56,11 +57,11 @@ def write_world(folder: Path, kind: str, num_rows: int, num_users: int) -> tuple
     rows = iterate_rows(data.examples.files(window), window, batch_rows=4096)
     sample = list(
         embedding_chunks(
-            fm, stage.embedding_layer, map(collate, itertools.islice(rows, _SAMPLE_BATCHES))
+            fm, stage.embedding_layers, map(collate, itertools.islice(rows, _SAMPLE_BATCHES))
         )
     )
-    bottleneck = build_bottleneck(stage.bottleneck, fm.layer_dim(stage.embedding_layer))
-    fit_bottleneck(bottleneck, sample)
+    bottleneck = build_bottleneck(stage.bottleneck, fm.embedding_dim(stage.embedding_layers))
+    fit_bottleneck(bottleneck, sample, bits=stage.bits)
     embedding = torch.cat([chunk.embedding for chunk in sample])
     spec = SnapshotSpec(
         trained_until_ts=window.stop_ts - 1,
@@ -69,7 +70,7 @@ def write_world(folder: Path, kind: str, num_rows: int, num_users: int) -> tuple
         max_len=max_len,
         fm=stage.model,
         bottleneck=stage.bottleneck,
-        embedding_layer=stage.embedding_layer,
+        embedding_layers=stage.embedding_layers,
         code_spec=calibrate(bottleneck, embedding, stage.bits),
     )
     save_snapshot(Snapshot(fm, bottleneck, spec), folder / "snapshot", inputs={})

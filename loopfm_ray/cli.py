@@ -43,7 +43,7 @@ ConfigArgument = Annotated[
     typer.Argument(
         metavar="[CONFIG]",
         help="A YAML file, or the name of one that comes with the package: complete_journey (default), "
-        "online_retail, synthetic.",
+        "movielens, online_retail, synthetic, ...",
         show_default=False,
     ),
 ]
@@ -101,7 +101,7 @@ def demo(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run the whole loop: prepare, train-fm, materialize, join, audit, train-vm, evaluate, publish, parity, report."""
+    """Run the whole loop: prepare, train-fm, compress, materialize, join, audit, train-vm, evaluate, publish, parity, report."""
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.pipeline import run_pipeline
 
@@ -131,7 +131,8 @@ def _stage_command(name: str, text: str) -> None:
 
 for _name, _text in {
     "prepare": "Read the log, check it, draw negatives and write training examples.",
-    "train-fm": "Train the foundation model and its bottleneck (after prepare).",
+    "train-fm": "Train the foundation model (after prepare).",
+    "compress": "Fit the bottleneck that shortens its embeddings, and measure what they lose (after train-fm).",
     "join": "Give each request the history that was visible to it (after materialize).",
     "train-vm": "Train the vertical models (after join).",
     "evaluate": "Measure all models on the test window (after train-vm).",
@@ -166,7 +167,7 @@ def upgrade(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Bring the histories of a new FM online beside the served ones (after prepare and train-fm of the new run)."""
+    """Bring the histories of a new FM online beside the served ones (after prepare, train-fm and compress of the new run)."""
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.cluster import connect
     from loopfm_ray.jobs.upgrade import upgrade as run_upgrade
@@ -196,7 +197,7 @@ def materialize(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Embed and score every event later than the FM, once (after train-fm); only what changed is made again."""
+    """Embed and score every event later than the FM, once (after compress); only what changed is made again."""
     settings = _load(config, overrides, verbose)
     redo = _time_range(start, stop, fresh)
     from loopfm_ray.jobs.pipeline import run_stages
@@ -277,6 +278,36 @@ def freshness(
     _print_result(result, as_json)
     if result["alarms"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def experiment(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="An experiment: a YAML file, or the name of one in the package."
+        ),
+    ],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run models, arms and variants of a pipeline under several seeds and compare them; goes on where it stopped."""
+    log.setup("INFO" if verbose else "WARNING")
+    from loopfm_ray.experiment_grid import ExperimentConfig
+
+    settings = load_config(ExperimentConfig, find_config(config), overrides or ())
+    from loopfm_ray.jobs.experiment import run_experiment
+
+    with _progress() as progress:
+        summary = run_experiment(settings, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from loopfm_ray.report.table import write_cells
+
+    write_cells(summary, sys.stdout)
+    typer.echo(f"summary: {settings.root / 'summary.json'}")
 
 
 @app.command()
@@ -365,7 +396,8 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, online_retail, synthetic"
+        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
+        " synthetic and the others under configs/pipeline"
     )
 
 

@@ -16,7 +16,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loopfm_ray.errors import ConfigError
 
-__all__ = ["Config", "apply_overrides", "config_hash", "dump_yaml", "load_config", "read_yaml"]
+__all__ = [
+    "Config",
+    "apply_overrides",
+    "config_hash",
+    "dump_yaml",
+    "load_config",
+    "merge",
+    "read_yaml",
+    "validate",
+]
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 # Any: YAML holds whatever the user wrote, pydantic gives it its type.
@@ -99,6 +108,23 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
                 )
             node = child
         node[parts[-1]] = _override_value(parts[-1], text)
+    return result
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
+    """Return `base` with the values of `changes`; sections are merged, anything else is replaced.
+
+    A section whose `kind` changes is replaced as well: the keys of one kind mean nothing to another.
+    """
+    result = dict(base)
+    for name, value in changes.items():
+        before = result.get(name)
+        same_kind = (
+            isinstance(before, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", before.get("kind")) == before.get("kind")
+        )
+        result[name] = merge(before, value) if same_kind else value  # type: ignore[arg-type]
     return result
 
 

@@ -21,8 +21,11 @@ from loopfm_ray.history.bucket import BLOCK_ROWS
 from loopfm_ray.history.freshness import FreshnessConfig
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
+from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.foundation import FmConfig
-from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig, RawHistoryConfig
+from loopfm_ray.models.registry import VmConfig
+from loopfm_ray.serving.bundle import why_not_servable
 from loopfm_ray.store.compact import TARGET_ROWS
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
@@ -31,6 +34,7 @@ from loopfm_ray.types import MICROS_PER_S
 
 __all__ = [
     "AuditConfig",
+    "FitNetsConfig",
     "FmStageConfig",
     "HistoryStageConfig",
     "LearningConfig",
@@ -100,8 +104,8 @@ class FmStageConfig(Config):
     model: FmConfig = FmConfig()
     learning: LearningConfig = LearningConfig(batch_rows=2048, num_workers=2)
     bottleneck: BottleneckConfig = BottleneckConfig()
-    embedding_layer: str = "embedding"
-    """The FM layer whose activation is the FM embedding."""
+    embedding_layers: tuple[str, ...] = Field(default=("embedding",), min_length=1)
+    """The FM layers whose activations, side by side, are the FM embedding: `embedding`, `sequence`, `hidden_0`, ..."""
     bits: Annotated[int, Field(ge=2, le=16)] = 4
     """Bits of each number of a stored latent: 2, 4, 8 or 16."""
     bottleneck_rows: PositiveInt = 200_000
@@ -150,13 +154,29 @@ class HistoryStageConfig(Config):
         return delay_to_us(self.delay_s)
 
 
+class FitNetsConfig(Config):
+    """Feature matching, the baseline of LoopFM beside distillation of the prediction. arXiv 1412.6550."""
+
+    weight: PositiveFloat = 1.0
+    """Weight of the mean square error of the mapped hidden layer against the latent."""
+    layer: str = "hidden_0"
+    """The VM's layer that is mapped and pulled."""
+
+
 class VmStageConfig(Config):
     """One vertical model: what it is, how it learns and what it learns from."""
 
-    model: VmConfig = VmConfig()
+    model: VmConfig = DnnConfig()
     learning: LearningConfig = LearningConfig(epochs=2)
     kd_weight: NonNegativeFloat = 0.0
     """Weight of the cross entropy against the FM's prediction, beside that against the label; 0 is no distillation."""
+    fitnets: FitNetsConfig | None = None
+    """Pulls a hidden layer to the FM's latent of the row, while training only; none does not."""
+
+    @property
+    def needs_teacher_latent(self) -> bool:
+        """Whether training reads the rows' own latents."""
+        return self.fitnets is not None or self.model.reads_teacher_latent
 
 
 class OnlineConfig(Config):
@@ -186,8 +206,8 @@ class AuditConfig(Config):
 
 def default_vms() -> dict[str, VmStageConfig]:
     """Return the four forms of one VM, and the one with its own raw history as the honest rival."""
-    latent = VmConfig(history=HistoryInputConfig(kind="latent"))
-    raw = VmConfig(history=HistoryInputConfig(kind="raw"))
+    latent = DnnConfig(history=HistoryInputs.of(user=LatentHistoryConfig()))
+    raw = DnnConfig(history=HistoryInputs.of(user=RawHistoryConfig()))
     return {
         "vm": VmStageConfig(),
         "vm_kd": VmStageConfig(kd_weight=1.0),
@@ -243,10 +263,10 @@ class PipelineConfig(Config):
             raise ConfigError(f"seeds must differ, found {list(self.seeds)}")
         if self.store and "://" in self.store and not re.match(r"s3://[^/]", self.store):
             raise ConfigError(f"store must be a folder or s3://bucket/prefix, found {self.store!r}")
-        if self.vms[self.online.model].model.history.kind in ("raw", "both"):
+        reason = why_not_servable(self.vms[self.online.model].model)
+        if reason is not None:
             raise ConfigError(
-                f"online.model {self.online.model!r} reads a raw history, and the online store holds latents only;"
-                " serve a VM whose history is `latent` or `none`"
+                f"online.model {self.online.model!r} {reason}; serve a VM that reads the users' latents, or no history"
             )
         return self
 
@@ -302,8 +322,12 @@ class RunPaths:
         return self.root / f"seed={seed}"
 
     def fm(self, seed: int) -> Location:
-        """The FM snapshot."""
+        """The trained FM."""
         return join(self.versions, f"seed={seed}", "fm")
+
+    def snapshot(self, seed: int) -> Location:
+        """The FM with its bottleneck and codes."""
+        return join(self.versions, f"seed={seed}", "snapshot")
 
     def latents(self, seed: int) -> Location:
         """The offline history store."""

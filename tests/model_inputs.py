@@ -4,6 +4,11 @@ import torch
 
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
+from loopfm_ray.models.history_inputs import (
+    HistoryInputs,
+    LatentHistoryConfig,
+    RawHistoryConfig,
+)
 
 # On tensors this small a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -26,6 +31,16 @@ BARE_SCHEMA = FeatureSchema((Field("item", Side.ITEM, Kind.CATEGORICAL, 11),))
 NUMERIC_SCHEMA = FeatureSchema((Field("price", Side.ITEM, Kind.NUMERIC),))
 
 
+def histories(kind="none", **more):
+    """The histories `none`, `latent`, `raw` or `both` of a VM, all with the same further settings."""
+    made = {}
+    if kind in ("latent", "both"):
+        made["latent"] = LatentHistoryConfig(**more)
+    if kind in ("raw", "both"):
+        made["raw"] = RawHistoryConfig(**more)
+    return HistoryInputs(made)
+
+
 def make_history(row, lengths, seed=0, length=None):
     """G histories of the given lengths, with every payload."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +50,11 @@ def make_history(row, lengths, seed=0, length=None):
     latents = (torch.rand(num, width, LATENT_DIM, generator=generator) * 2 - 1) * mask[..., None]
     limits = [SCHEMA.categorical[1].cardinality, SCHEMA.categorical[2].cardinality]
     ids = [torch.randint(0, n, (num, width), generator=generator) * mask for n in limits]
-    return History(torch.as_tensor(row), mask, age, latents, torch.stack(ids, -1))
+    label = torch.randint(0, 3, (num, width), generator=generator) * mask
+    event_type = torch.randint(0, 4, (num, width), generator=generator) * mask
+    return History(
+        torch.as_tensor(row), mask, age, latents, torch.stack(ids, -1), label, event_type
+    )
 
 
 def make_batch(num_rows=12, schema=SCHEMA, seed=0, lengths=(3, 0, 5)):
@@ -57,7 +76,9 @@ def make_batch(num_rows=12, schema=SCHEMA, seed=0, lengths=(3, 0, 5)):
         histories={
             "raw": make_history(row, lengths, seed),
             "latent": make_history(row, lengths, seed + 1),
+            "latent_by_item": make_history(row.flip(0), lengths, seed + 2),
         },
         label=torch.randint(0, 2, (num_rows, len(schema.tasks)), generator=generator).float(),
         teacher_prob=torch.rand(num_rows, generator=generator),
+        teacher_latent=torch.rand(num_rows, LATENT_DIM, generator=generator) * 2 - 1,
     )

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationError
 
 from loopfm_ray.config import (
     Config,
@@ -10,12 +10,17 @@ from loopfm_ray.config import (
     config_hash,
     dump_yaml,
     load_config,
+    merge,
     read_yaml,
 )
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.experiment_grid import ExperimentConfig
+from loopfm_ray.experiments import PipelineConfig, VmStageConfig
+from loopfm_ray.models.registry import VMS
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted((FOLDER / "pipeline").rglob("*.yaml"))
+VM_CONFIGS = sorted((FOLDER / "vm").rglob("*.yaml"))
 
 
 class Inner(Config):
@@ -105,10 +110,80 @@ def test_the_hash_follows_every_value():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_loads_and_its_dump_gives_the_same_config(path, tmp_path):
-    config = load_config(PipelineConfig, path)
+    kind = read_yaml(path).get("kind", "pipeline")
+    cls = {"pipeline": PipelineConfig, "experiment": ExperimentConfig}[kind]
+    config = load_config(cls, path)
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_yaml(config))
-    assert load_config(PipelineConfig, copy) == config
+    assert load_config(cls, copy) == config
+
+
+def test_merge_goes_into_sections_and_replaces_another_kind():
+    base = {"a": {"x": 1, "y": [1, 2]}, "b": {"kind": "one", "z": 1}}
+    assert merge(base, {"a": {"y": [3]}, "c": 4}) == {
+        "a": {"x": 1, "y": [3]},
+        "b": {"kind": "one", "z": 1},
+        "c": 4,
+    }
+    assert merge(base, {"b": {"kind": "two"}})["b"] == {"kind": "two"}
+    assert merge(base, {"b": {"z": 2}})["b"] == {"kind": "one", "z": 2}
+    assert base["b"] == {"kind": "one", "z": 1}
+
+
+GRID = {
+    "name": "grid",
+    "models": {"deep": {"model": {"hidden": [8]}}, "wide": {"model": {"hidden": [32]}}},
+    "arms": {
+        "none": {},
+        "kd": {"kd_weight": 1.0},
+        "kd_loopfm": {"kd_weight": 1.0, "model": {"history": {"user": {"kind": "latent"}}}},
+    },
+    "variants": {
+        "main": {},
+        "short": {"history": {"max_len": 5}, "vm": {"model": {"dropout": 0.1}}},
+    },
+}
+
+
+def test_an_experiment_is_every_model_in_every_arm_of_every_variant():
+    config = ExperimentConfig.model_validate(GRID)
+    main, short = (config.pipeline(name) for name in ("main", "short"))
+    assert list(main.vms) == [f"{model}.{arm}" for model in GRID["models"] for arm in GRID["arms"]]
+    cell = short.vms["wide.kd_loopfm"]
+    assert (cell.kd_weight, cell.model.hidden, cell.model.dropout) == (1.0, (32,), 0.1)
+    assert cell.model.history.kind == "latent"
+    assert (main.history.max_len, short.history.max_len) == (100, 5)
+    assert main.baseline == "deep.none"
+    assert main.paths.root == config.root / "variants" / "main"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"roles": {"kd": "distilled"}}, "roles.kd is 'distilled'"),
+        ({"variants": {"bad": {"histroy": {}}}}, r"variants.bad has \['histroy'\]"),
+        ({"variants": {"bad": {"history": {"max_len": 0}}}}, "variants.bad of experiment grid"),
+        ({"models": {"a/b": {}}}, "become file names, found 'a/b'"),
+    ],
+)
+def test_an_experiment_that_can_not_work_is_refused(change, expected):
+    with pytest.raises((ConfigError, ValidationError), match=expected):
+        ExperimentConfig.model_validate({**GRID, **change})
+
+
+@pytest.mark.parametrize("path", VM_CONFIGS, ids=lambda path: path.stem)
+def test_every_vm_takes_the_place_of_one_in_a_pipeline(path):
+    tree = read_yaml(path)
+    assert tree["model"]["kind"] == path.stem
+    config = load_config(PipelineConfig, CONFIGS[0], [f"vms.vm_kd_loopfm={path}"])
+    assert config.vms["vm_kd_loopfm"] == VmStageConfig.model_validate(tree)
+    again = yaml.safe_load(dump_yaml(config.vms["vm_kd_loopfm"]))
+    assert VmStageConfig.model_validate(again) == config.vms["vm_kd_loopfm"]
+
+
+def test_every_vm_kind_has_a_yaml():
+    assert {path.stem for path in VM_CONFIGS} == set(VMS)
+    assert {path.parent.name for path in FOLDER.rglob("*.yaml")} == {"pipeline", "vm"}
 
 
 def test_the_demo_config_is_the_default():

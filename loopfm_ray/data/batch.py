@@ -21,6 +21,8 @@ class History:
         age_s: [G, L] float32, seconds from the event to the request; 0 at padding.
         latents: [G, L, D] float32 or None; 0 at padding.
         item_ids: [G, L, F_item] int64 or None: the item and its categorical fields; 0 at padding.
+        label: [G, L] int64 or None: 0 not known at the request, 1 negative, 2 positive; 0 at padding.
+        event_type: [G, L] int64 or None: which kind of event it was; 0 is unknown, and padding.
     """
 
     row: Tensor
@@ -28,6 +30,8 @@ class History:
     age_s: Tensor
     latents: Tensor | None = None
     item_ids: Tensor | None = None
+    label: Tensor | None = None
+    event_type: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "History":
         """Return the same history on `device`."""
@@ -42,9 +46,11 @@ class Batch:
         ids: [B, F] int64, columns are `schema.categorical`.
         numeric: [B, F_num] float32, columns are `schema.numeric`.
         sequences: by name, [B, S] int64, 0 is padding.
-        histories: by source, `raw` and `latent`.
+        histories: by source: `raw`, `latent`, and `latent_by_item` and the like for other keys than the user.
         label: [B, T] float32, columns are `schema.tasks`.
         teacher_prob: [B] float32 or None.
+        teacher_latent: [B, D] float32 or None: the FM's latent of the row itself. It takes a live FM, so only training
+            and offline evaluation have it.
     """
 
     ids: Tensor
@@ -53,6 +59,7 @@ class Batch:
     histories: dict[str, History]
     label: Tensor
     teacher_prob: Tensor | None = None
+    teacher_latent: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -1,33 +1,45 @@
 """What a data set is: where its rows are, which columns they have, how time is split and what is derived.
 
-`DataConfig` is one of three kinds: `events` (your own Parquet or CSV), `complete_journey` (a pip package) and
-`synthetic` (a seeded click log whose best possible score is known).
+`DataConfig` is one of several kinds: `events` (your own Parquet or CSV), `synthetic` (a seeded click log whose best possible
+score is known), or a published data set: `complete_journey` (a pip
+package), `movielens`, `taobao_ad`, `kuaivideo`, `amazon_electronics`, `open_bandit`; docs/datasets.md describes them.
 """
 
-from datetime import UTC, datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic import Field as Setting
 
 from loopfm_ray.config import Config
-from loopfm_ray.data.schema import FeatureSchema, Side
-from loopfm_ray.data.split import Splits, make_splits
+from loopfm_ray.data.base_config import (
+    BaseDataConfig,
+    DerivedName,
+    Moment,
+    NegativesConfig,
+    PastConfig,
+    SplitConfig,
+    to_ts,
+)
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.types import MICROS_PER_S
 
 __all__ = [
     "RESERVED_NAMES",
+    "AmazonElectronicsConfig",
+    "BaseDataConfig",
     "ColumnsConfig",
     "CompleteJourneyConfig",
     "DataConfig",
     "DerivedName",
     "EntityConfig",
     "EventsConfig",
+    "KuaiVideoConfig",
+    "MovieLensConfig",
     "NegativesConfig",
+    "OpenBanditConfig",
     "PastConfig",
     "SplitConfig",
     "SyntheticConfig",
+    "TaobaoAdConfig",
     "to_ts",
 ]
 
@@ -36,41 +48,6 @@ RESERVED_NAMES = frozenset(
     | {"raw_start", "raw_len", "latent_start", "latent_len", "teacher_prob", "label"}
 )
 """Names of columns that prepared data has in any case; a field can not take one."""
-
-DerivedName = Literal["hour", "weekday"]
-
-
-def to_ts(moment: int | str) -> int:
-    """Return a time as microseconds UTC: an ISO date or date and time (UTC without a zone), or microseconds.
-
-    Raises:
-        ConfigError: the text is not an ISO date or time.
-    """
-    if isinstance(moment, int):
-        return moment
-    try:
-        parsed = datetime.fromisoformat(moment)
-    except ValueError as error:
-        raise ConfigError(
-            f"a time must be an ISO date like 2017-06-26T04:00 or integer microseconds, found {moment!r}"
-        ) from error
-    moment_utc = parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-    delta = moment_utc - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * MICROS_PER_S + delta.microseconds
-
-
-def _check_moment(value: object) -> object:
-    if isinstance(value, datetime):
-        value = value.isoformat()
-    elif hasattr(value, "isoformat"):  # YAML reads a bare date as datetime.date
-        value = str(value)
-    if isinstance(value, str):
-        to_ts(value)
-    return value
-
-
-Moment = Annotated[int | str, BeforeValidator(_check_moment)]
-"""A time in a config: ISO text (UTC without a zone) or integer microseconds UTC."""
 
 
 def _names_to_mapping(value: object) -> object:
@@ -81,72 +58,6 @@ def _names_to_mapping(value: object) -> object:
 
 FieldMap = Annotated[dict[str, str], BeforeValidator(_names_to_mapping)]
 """Field name -> column name; a plain list names fields that are called like their columns."""
-
-
-class SplitConfig(Config):
-    """Three windows in time: the FM learns in the first, the VMs in the second, both are tested on the third."""
-
-    fm_stop: Moment
-    """End of the FM window and start of the VM window."""
-    vm_stop: Moment
-    """End of the VM window and start of the test window."""
-    fm_start: Moment | None = None
-    """Start of the FM window; the first event if not given."""
-    test_stop: Moment | None = None
-    """End of the test window; just after the last event if not given."""
-    valid_s: PositiveFloat = 604_800.0
-    """Seconds at the end of the FM window and of the VM window that are held out for validation."""
-
-    @property
-    def fm_stop_ts(self) -> int:
-        """The end of the FM window in microseconds UTC."""
-        return to_ts(self.fm_stop)
-
-    @property
-    def cut_ts(self) -> tuple[int, ...]:
-        """The moments where a window starts or ends, in time order; sampled negatives never cross one."""
-        valid_us = round(self.valid_s * MICROS_PER_S)
-        fm_stop, vm_stop = to_ts(self.fm_stop), to_ts(self.vm_stop)
-        return tuple(sorted({fm_stop - valid_us, fm_stop, vm_stop - valid_us, vm_stop}))
-
-    def ranges(self, min_ts: int, max_ts: int) -> Splits:
-        """Return the windows for a log whose first and last events are at `min_ts` and `max_ts`.
-
-        Raises:
-            ConfigError: a window is empty, or the log ends before the FM window does.
-        """
-        return make_splits(
-            (min_ts, max_ts),
-            start_ts=None if self.fm_start is None else to_ts(self.fm_start),
-            fm_stop_ts=to_ts(self.fm_stop),
-            vm_stop_ts=to_ts(self.vm_stop),
-            test_stop_ts=None if self.test_stop is None else to_ts(self.test_stop),
-            valid_us=round(self.valid_s * MICROS_PER_S),
-        )
-
-
-class NegativesConfig(Config):
-    """Rows with label 0 for a log that has none: items drawn by their popularity in the same period."""
-
-    kind: Literal["none", "popularity"] = "none"
-    per_positive: PositiveInt = 1
-    """Negatives for every positive."""
-    period_s: PositiveFloat | None = None
-    """Length of a popularity period in seconds; it must divide the storage period. Not given: the storage period."""
-    seed: NonNegativeInt = 0
-    max_tries: PositiveInt = 10
-    """How often an item is drawn again when the user took it in the same request."""
-
-
-class PastConfig(Config):
-    """Features computed from the user's earlier history events, point in time."""
-
-    count_fields: tuple[str, ...] = ("item",)
-    """`item`, `user` (all events), or categorical fields of the item table: how often the user met the same value."""
-    recency: bool = True
-    """Whether each count comes with the time since the last such event."""
-    max_len: PositiveInt = 100
-    """Events in the raw history of a row."""
 
 
 class EntityConfig(Config):
@@ -179,68 +90,6 @@ class ColumnsConfig(Config):
     numeric: FieldMap = Setting(default_factory=dict)
     sequence: FieldMap = Setting(default_factory=dict)
     """Columns that hold lists of keys."""
-
-
-class BaseDataConfig(Config):
-    """What all data sets have in common."""
-
-    split: SplitConfig
-    negatives: NegativesConfig = NegativesConfig()
-    past: PastConfig = PastConfig()
-    derive: tuple[DerivedName, ...] = ("hour", "weekday")
-    """Context fields computed from `event_ts`, in UTC."""
-    num_buckets: PositiveInt = Setting(default=8, le=4096)
-    """Users are spread over this many buckets; one bucket must fit in memory."""
-    period_s: PositiveFloat = 604_800.0
-    """Rows are stored by periods of this many seconds; one period must fit in memory."""
-    period_origin: Moment = "1970-01-05T00:00:00"
-    """Start of period 0."""
-    history_events: Literal["positives", "all"] = "positives"
-    """Which rows of the log become history."""
-    duplicates: Literal["error", "drop"] = "error"
-    """What to do with a row of the same user, item, time and label as another."""
-    label_delay_s: float = Setting(default=0.0, ge=0)
-    """Seconds from an event to its label where the log does not say."""
-    vm_fields: tuple[str, ...] | None = None
-    """Fields that a vertical model may read; not given means all but `user` and the fields from the past."""
-    vertical: str | None = None
-    """The categorical field that says which vertical a row belongs to."""
-    sequence_len: PositiveInt = 50
-    """The last so many keys of a sequence field are kept."""
-
-    @property
-    def period_us(self) -> int:
-        """Length of a storage period in microseconds."""
-        return round(self.period_s * MICROS_PER_S)
-
-    @property
-    def period_origin_ts(self) -> int:
-        """Start of period 0 in microseconds UTC."""
-        return to_ts(self.period_origin)
-
-    def vm_schema(self, schema: FeatureSchema) -> FeatureSchema:
-        """Return the part of `schema` that a vertical model may read.
-
-        Raises:
-            SchemaError: `vm_fields` names what is not a field.
-        """
-        if self.vm_fields is not None:
-            return schema.select(self.vm_fields)
-        return schema.select(
-            field.name
-            for field in schema.fields
-            if field.name != Side.USER.value and field.side != Side.PAST
-        )
-
-    @model_validator(mode="after")
-    def _periods_fit(self) -> Self:
-        negatives_us = round((self.negatives.period_s or self.period_s) * MICROS_PER_S)
-        if self.period_us % negatives_us:
-            raise ConfigError(
-                f"data.negatives.period_s must divide data.period_s, found {self.negatives.period_s}"
-                f" and {self.period_s}"
-            )
-        return self
 
 
 class EventsConfig(BaseDataConfig):
@@ -315,7 +164,111 @@ class SyntheticConfig(BaseDataConfig):
     base_logit: float = -2.0
 
 
+class MovieLensConfig(BaseDataConfig):
+    """MovieLens-100K (RecBole or GroupLens) or MovieLens-1M (GroupLens): ratings, the high ones positive."""
+
+    kind: Literal["movielens"] = "movielens"
+    path: str
+    """A directory with the published files, or the .zip or .whl that holds them."""
+    min_rating: PositiveFloat = 4.0
+    """A rating of at least this is a positive."""
+    split: SplitConfig = SplitConfig(fm_stop="1997-12-29", vm_stop="1998-03-09")
+    past: PastConfig = PastConfig(count_fields=("user", "genre"))
+    period_origin: Moment = "1997-09-15"
+    history_events: Literal["positives", "all"] = "all"
+
+
+class TaobaoAdConfig(BaseDataConfig):
+    """Taobao display ads, 2017-05-06 to 13: TaobaoAd_x1 of BARS, or the four raw files of Tianchi data set 56."""
+
+    kind: Literal["taobao_ad"] = "taobao_ad"
+    path: str
+    """A directory with train.csv and test.csv, or with raw_sample.csv, ad_feature.csv, user_profile.csv and behavior_log.csv."""
+    times: Literal["refuse", "row_order"] = "refuse"
+    """TaobaoAd_x1 has no times. `row_order` spreads the rows of train.csv evenly over its seven days and those of test.csv over the
+    eighth, in the order of the file; `refuse` will not make up times. The raw files have theirs."""
+    entities: Literal["table", "rows"] = "table"
+    """TaobaoAd_x1 repeats ads and users on every row: gather them into tables, or read them as context of the row."""
+    behaviors: bool = True
+    """Whether the raw behaviour log (723 million rows) is read, for the shopping behaviour before each impression."""
+    spill_dir: str | None = None
+    """Where the raw files are spilled by user, about 25 bytes for each behaviour; the system's temporary folder if not given."""
+    split: SplitConfig = SplitConfig(
+        fm_stop="2017-05-09T16:00", vm_stop="2017-05-12T16:00", valid_s=86_400.0
+    )
+    past: PastConfig = PastConfig(count_fields=("item", "user"))
+    num_buckets: PositiveInt = Setting(default=64, le=4096)
+    period_s: PositiveFloat = 3_600.0
+    period_origin: Moment = "2017-05-05T16:00:00"
+    """Midnight in Beijing."""
+    history_events: Literal["positives", "all"] = "all"
+    duplicates: Literal["error", "drop"] = "drop"
+
+
+class KuaiVideoConfig(BaseDataConfig):
+    """KuaiVideo_x1 of BARS: impressions of videos with clicks; order is known, true time is not."""
+
+    kind: Literal["kuaivideo"] = "kuaivideo"
+    path: str
+    """A directory with train.csv and test.csv, or an archive that holds them."""
+    tasks: tuple[Literal["is_like", "is_follow"], ...] = ()
+    """Further labels that the FM learns."""
+    span_days: PositiveFloat = 100.0
+    """The log is scaled to last this many days from `period_origin`."""
+    split: SplitConfig = SplitConfig(
+        fm_stop="2000-02-18", vm_stop="2000-03-21", valid_s=4 * 86_400.0
+    )
+    past: PastConfig = PastConfig(count_fields=("item", "user"))
+    derive: tuple[DerivedName, ...] = ()
+    num_buckets: PositiveInt = Setting(default=32, le=4096)
+    period_s: PositiveFloat = 86_400.0
+    period_origin: Moment = "2000-01-01"
+    history_events: Literal["positives", "all"] = "all"
+    duplicates: Literal["error", "drop"] = "drop"
+    sequence_len: PositiveInt = 100
+
+
+class AmazonElectronicsConfig(BaseDataConfig):
+    """AmazonElectronics_x1 of BARS: the next review of a user; only the order within a user is known."""
+
+    kind: Literal["amazon_electronics"] = "amazon_electronics"
+    path: str
+    """A directory with train.csv and test.csv, or an archive that holds them."""
+    split: SplitConfig = SplitConfig(fm_stop="2014-06-29", vm_stop="2014-07-01", valid_s=86_400.0)
+    past: PastConfig = PastConfig(count_fields=("user", "cate_id"))
+    derive: tuple[DerivedName, ...] = ()
+    num_buckets: PositiveInt = Setting(default=16, le=4096)
+    period_s: PositiveFloat = 86_400.0
+    period_origin: Moment = "2000-01-01"
+    sequence_len: PositiveInt = 100
+
+
+class OpenBanditConfig(BaseDataConfig):
+    """Open Bandit, small: impressions with clicks and no user id; the user is a cohort, see the reader."""
+
+    kind: Literal["open_bandit"] = "open_bandit"
+    path: str
+    """A directory with open_bandit_small.parquet and item_context.parquet."""
+    split: SplitConfig = SplitConfig(
+        fm_stop="2019-11-27T12:00", vm_stop="2019-11-29T12:00", valid_s=43_200.0
+    )
+    past: PastConfig = PastConfig(count_fields=("item", "user"))
+    period_origin: Moment = "2019-11-24"
+    period_s: PositiveFloat = 86_400.0
+    history_events: Literal["positives", "all"] = "all"
+    block_rows: PositiveInt = 262_144
+    """Rows read at a time."""
+
+
 DataConfig = Annotated[
-    EventsConfig | CompleteJourneyConfig | SyntheticConfig, Setting(discriminator="kind")
+    EventsConfig
+    | CompleteJourneyConfig
+    | SyntheticConfig
+    | MovieLensConfig
+    | TaobaoAdConfig
+    | KuaiVideoConfig
+    | AmazonElectronicsConfig
+    | OpenBanditConfig,
+    Setting(discriminator="kind"),
 ]
 """One of the kinds of data, told apart by `kind`."""

@@ -208,7 +208,10 @@ def read_rows(
 
 
 def rows_of(table: Any) -> Rows:  # Any: a pyarrow table
-    """Return the columns of an Arrow table of examples as numpy arrays; lists are padded with 0."""
+    """Return the columns of an Arrow table of examples as numpy arrays.
+
+    Lists are padded with 0; fixed-size binary becomes uint8 [N, bytes].
+    """
     return {name: _to_numpy(table.column(name)) for name in table.column_names}
 
 
@@ -318,6 +321,8 @@ def _overlapping_groups(metadata: Any, span: TimeRange) -> range:  # Any: pyarro
 
 
 def _to_numpy(column: Any) -> NDArray[Any]:  # Any: a pyarrow chunked array
+    if pa.types.is_fixed_size_binary(column.type):
+        return _bytes(column)
     if not pa.types.is_list(column.type):
         values: NDArray[Any] = column.to_numpy()
         return values
@@ -330,6 +335,17 @@ def _to_numpy(column: Any) -> NDArray[Any]:  # Any: a pyarrow chunked array
     out = np.zeros((len(lengths), width), dtype=flat.dtype)
     out[np.arange(width) < lengths[:, None]] = flat
     return out
+
+
+def _bytes(column: Any) -> NDArray[np.uint8]:
+    """Return [N, bytes] of a fixed-size binary column."""
+    size = column.type.byte_width
+    parts = [
+        np.frombuffer(part.buffers()[1], dtype=np.uint8)[part.offset * size :][: len(part) * size]
+        for part in column.chunks
+    ]
+    flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
+    return flat.reshape(len(column), size)
 
 
 def count_rows(rows: Mapping[str, NDArray[Any]]) -> int:

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from loopfm_ray.errors import ShapeError
 
-__all__ = ["bce", "kd_bce", "normalise", "weighted_bce_sum"]
+__all__ = ["bce", "hint_mse", "kd_bce", "normalise", "weighted_bce_sum", "weighted_mse_sum"]
 
 
 def weighted_bce_sum(logit: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +60,40 @@ def kd_bce(logit: Tensor, teacher_prob: Tensor, weight: Tensor) -> Tensor:
     Source: ExFM, arXiv 2502.17494, section 3.3 equation 1, with the teacher's probability as a soft label.
     """
     return bce(logit, teacher_prob, weight)
+
+
+def weighted_mse_sum(found: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ([] sum over rows of weight * mean square difference of the row's numbers, [] sum of weights).
+
+    Args:
+        found: [B, D] what is trained.
+        target: [B, D] takes no gradient.
+        weight: [B] not negative; 0 drops a row, whatever its other values.
+
+    Raises:
+        ShapeError: the shapes differ.
+    """
+    if not (found.dim() == 2 and found.shape == target.shape and weight.shape == found.shape[:1]):
+        raise ShapeError(
+            "a square loss takes two tables of one shape and a weight for each row, found"
+            f" {tuple(found.shape)}, {tuple(target.shape)} and {tuple(weight.shape)}"
+        )
+    is_kept = (weight > 0)[:, None]
+    gap = torch.where(is_kept, found, 0.0) - torch.where(is_kept, target.detach(), 0.0)
+    return (gap.square().mean(-1) * weight).sum(), weight.sum()
+
+
+def hint_mse(hint: Tensor, teacher_latent: Tensor, weight: Tensor) -> Tensor:
+    """Return [] the weighted mean square error of a mapped hidden layer [B, D] against the FM's latents [B, D].
+
+    Raises:
+        ShapeError: the shapes differ.
+
+    Source: FitNets, arXiv 1412.6550, equation 3; the mean over the numbers of a row in place of half their sum, so that
+    its weight does not depend on their count.
+    """
+    total, weights = weighted_mse_sum(hint, teacher_latent, weight)
+    return total / weights.clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def normalise(loss_sum: Tensor, global_rows: float, world_size: int = 1) -> Tensor:

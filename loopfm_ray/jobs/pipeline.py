@@ -16,10 +16,11 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.scoring import run_parity
-from loopfm_ray.jobs.stages import STAGES, Context, evaluation_path
+from loopfm_ray.jobs.stages import STAGES, evaluation_path
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
 from loopfm_ray.store.codes import CodeSpec
@@ -182,7 +183,7 @@ def _summary(
         **assemble_models(measured, config.baseline, config.kd, config.online.model),
         "curves": curves,
         "calibration_bins": {item["name"]: item["calibration_bins"] for item in measured[seed]},
-        "channel": read_manifest(paths.fm(seed)).meta["record"]["channel"],
+        "channel": read_manifest(paths.snapshot(seed)).meta["record"]["channel"],
         "history": {
             "coverage": joined.meta["coverage"],
             "mean_length": joined.meta["mean_length"],
@@ -251,6 +252,7 @@ def _seed_versions(config: PipelineConfig, seed: int) -> dict[str, Location]:
     vms = {f"vm/{name}": paths.vm(seed, name) for name in config.vms}
     return {
         "fm": paths.fm(seed),
+        "snapshot": paths.snapshot(seed),
         "latents": paths.latents(seed),
         "joined": paths.joined(seed),
         **vms,

@@ -14,7 +14,7 @@ from loopfm_ray.errors import JobError, StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs import serving
 from loopfm_ray.jobs.cluster import connect
-from loopfm_ray.jobs.stages import Context, splits_of
+from loopfm_ray.jobs.context import Context, splits_of
 from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.parity import check_parity, load_offline
 from loopfm_ray.serving.predictor import load_predictor

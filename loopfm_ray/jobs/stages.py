@@ -1,12 +1,10 @@
-"""The stages of a run: each reads versions, writes versions, and does nothing when what it would write is there already.
-
-Up to date means: made by the same code, from the same settings and the same input versions.
-"""
+"""The stages of a run: each reads versions, writes versions, and does nothing when what it would write is there already."""
 
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,11 @@ from loopfm_ray.data.log import log_files
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import StoreError
-from loopfm_ray.experiments import MODEL_FM, PipelineConfig
+from loopfm_ray.experiments import MODEL_FM, PipelineConfig, VmStageConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import JoinSettings, write_joined
-from loopfm_ray.jobs.context import Context, current, needed, splits_of
+from loopfm_ray.jobs.compress import CompressTask, compress
+from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.evaluate import (
     EvaluationRecord,
     evaluate_fm,
@@ -43,7 +42,7 @@ from loopfm_ray.store.tables import write_atomically
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
-__all__ = ["STAGES", "Context", "evaluation_path", "export_bundle", "splits_of"]
+__all__ = ["STAGES", "evaluation_path", "export_bundle", "predictions_path"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,16 +50,17 @@ _LOGGER = logging.getLogger(__name__)
 def run_prepare(context: Context) -> dict[str, Any]:
     """Write the prepared version."""
     config, path = context.config, context.config.paths.prepared
-    read = config.paths.records / "log.json"
-    manifest = None
-    if _is_same_log(config, read) and not context.fresh:
-        manifest = current(path, config_hash(config.data), {})
+    read, settings = config.paths.records / "log.json", config_hash(config.data)
+    manifest = context.current(path, settings, {}) if _is_same_log(config, read) else None
     if manifest is None:
         context.progress("prepare", 0, 1)
         text = json.dumps(log_files(config.data), indent=1, sort_keys=True)
-        manifest = prepare(
-            config.data, path, mapper=context.mapper("prepare", writes=True), replace_other=True
-        )
+        made_of = {"log": text}
+        manifest = context.take(path, settings, made_of)
+        if manifest is None:
+            mapper = context.mapper("prepare", writes=True)
+            prepare(config.data, path, mapper=mapper, replace_other=True)
+            manifest = context.share(path, made_of)
         write_atomically(read, lambda staged: staged.write_text(text, encoding="utf-8"))
     return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
 
@@ -77,15 +77,16 @@ def _is_same_log(config: PipelineConfig, read: Path) -> bool:
 
 
 def run_train_fm(context: Context) -> dict[str, Any]:
-    """Write an FM snapshot for each seed."""
+    """Train the FM of each seed."""
     config, result = context.config, {}
     prepared = needed(config.paths.prepared, "prepare")
     splits = splits_of(config)
     for seed in config.seeds:
         path = config.paths.fm(seed)
-        settings = config_hash(config.fm, asdict(splits), config.data.past.max_len, seed)
+        learnt = (config.fm.model, config.fm.learning)
+        settings = config_hash(*learnt, asdict(splits), config.data.past.max_len, seed)
         inputs = {"prepared": prepared.version}
-        if context.fresh or current(path, settings, inputs) is None:
+        if context.find(path, settings, inputs) is None:
             key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
             work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
             if context.fresh:
@@ -99,18 +100,45 @@ def run_train_fm(context: Context) -> dict[str, Any]:
                 context.progress,
             )
             _clear(work, checkpoints)
-        result[f"seed={seed}"] = read_manifest(path).meta["snapshot_id"]
+            context.share(path)
+        result[f"seed={seed}"] = read_manifest(path).version
     return result
+
+
+def run_compress(context: Context) -> dict[str, Any]:
+    """Fit the bottleneck of each seed's FM and write the snapshot."""
+    config, stage = context.config, context.config.fm
+    prepared, splits = needed(config.paths.prepared, "prepare"), splits_of(config)
+    kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)
+    todo = []
+    for seed in config.seeds:
+        fm = needed(config.paths.fm(seed), "train-fm")
+        settings = config_hash(*kept, asdict(splits), seed)
+        inputs = {"prepared": prepared.version, "fm": fm.version}
+        path = config.paths.snapshot(seed)
+        if context.find(path, settings, inputs) is None:
+            source, target = absolute(config.paths.fm(seed)), absolute(path)
+            folder = absolute(config.paths.prepared)
+            todo.append(CompressTask(folder, source, target, stage, splits, seed, settings))
+    list(context.mapper("compress")(compress, todo))
+    for task in todo:
+        context.share(task.out_dir)
+    return {f"seed={seed}": _channel(config, seed) for seed in config.seeds}
+
+
+def _channel(config: PipelineConfig, seed: int) -> dict[str, Any]:
+    meta = read_manifest(config.paths.snapshot(seed)).meta
+    return {"snapshot_id": meta["snapshot_id"], **meta["record"]["channel"]}
 
 
 def run_materialize(context: Context) -> dict[str, Any]:
     """Write the latents version of each seed; say how much of it was made for it and how much was taken over."""
     config, result = context.config, {}
     for seed in config.seeds:
-        needed(config.paths.fm(seed), "train-fm")
+        needed(config.paths.snapshot(seed), "compress")
         manifest = materialize(
             config.paths.prepared,
-            config.paths.fm(seed),
+            config.paths.snapshot(seed),
             config.paths.latents(seed),
             delay_us=config.history.delay_us,
             num_workers=config.ray.parallel_tasks,
@@ -155,7 +183,7 @@ def run_join(context: Context) -> dict[str, Any]:
         hashed = config_hash(
             settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
         )
-        manifest = None if context.fresh else current(config.paths.joined(seed), hashed, inputs)
+        manifest = context.find(config.paths.joined(seed), hashed, inputs)
         if manifest is None:
             manifest = write_joined(
                 absolute(config.paths.prepared),
@@ -166,6 +194,7 @@ def run_join(context: Context) -> dict[str, Any]:
                 mapper=context.mapper("join", writes=True),
                 replace_other=True,
             )
+            context.share(config.paths.joined(seed))
         shown = ("coverage", "mean_length", "staleness_s")
         fresh = joined_freshness(config, seed)
         for alarm in fresh["alarms"]:
@@ -197,7 +226,7 @@ def _audit(config: PipelineConfig, seed: int) -> AuditReport:
         config.paths.joined(seed),
         config.paths.latents(seed),
         config.paths.prepared,
-        config.paths.fm(seed),
+        config.paths.snapshot(seed),
         sample=config.audit.sample,
         seed=seed,
     )
@@ -213,7 +242,7 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
         joined = needed(config.paths.joined(seed), "join")
         for name, stage in config.vms.items():
             settings = config_hash(stage, asdict(splits), fields, config.data.past.max_len, seed)
-            inputs = {"prepared": data.manifest.version, "joined": joined.version}
+            inputs = _vm_inputs(config, stage, seed, data.manifest, joined)
             key = config_hash(settings, inputs, code_version())
             jobs.append(
                 VmJob(
@@ -229,20 +258,33 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
                     raw_max_len=config.data.past.max_len,
                     seed=seed,
                     config_hash=settings,
+                    inputs=inputs,
                 )
             )
     return jobs
+
+
+def _vm_inputs(
+    config: PipelineConfig, stage: VmStageConfig, seed: int, prepared: Manifest, joined: Manifest
+) -> dict[str, str]:
+    """Return the versions that a VM depends on, and the space of its latents.
+
+    A VM without the FM's latents outlives a change of theirs.
+    """
+    inputs = {"prepared": prepared.version}
+    if stage.model.history.kind in ("latent", "both") or stage.needs_teacher_latent:
+        inputs["joined"] = joined.version
+        inputs |= {"latents": joined.meta["latents_version"], "space": joined.meta["space"]}
+    elif stage.kd_weight:
+        inputs["fm"] = needed(config.paths.fm(seed), "train-fm").version
+    return inputs
 
 
 def run_train_vm(context: Context) -> dict[str, Any]:
     """Train every VM under every seed, several side by side."""
     config = context.config
     jobs = vm_jobs(config)
-    todo = [
-        job
-        for job in jobs
-        if context.fresh or current(job.out_dir, job.config_hash, job.inputs) is None
-    ]
+    todo = [job for job in jobs if context.find(job.out_dir, job.config_hash, job.inputs) is None]
     # the slow ones first, so that the last one does not run alone for long
     todo.sort(key=lambda job: job.config.model.history.kind == "none")
     for job in todo if context.fresh else ():
@@ -250,6 +292,7 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     train_vms(todo, config.ray.parallel_tasks, context.progress)
     for job in todo:
         _clear(job.work_dir, job.checkpoints)
+        context.share(job.out_dir)
     return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
 
 
@@ -258,27 +301,41 @@ def evaluation_path(config: PipelineConfig, seed: int, name: str) -> Path:
     return config.paths.seed(seed) / "evaluation" / f"{name}.json"
 
 
+def predictions_path(config: PipelineConfig, seed: int, name: str) -> Path:
+    """Return where the test predictions of one model are kept."""
+    return config.paths.seed(seed) / "predictions" / f"{name}.parquet"
+
+
 def run_evaluate(context: Context) -> dict[str, Any]:
     """Measure all models on the test window."""
     config = context.config
     splits = splits_of(config)
     todo: list[tuple[Path, str, Callable[[], EvaluationRecord]]] = []
     for seed in config.seeds:
-        snapshot, joined = absolute(config.paths.fm(seed)), absolute(config.paths.joined(seed))
-        key = config_hash(needed(snapshot, "train-fm").version, needed(joined, "join").version)
-
-        def measure_fm(
-            snapshot: Location = snapshot, joined: Location = joined, seed: int = seed
-        ) -> EvaluationRecord:
-            return evaluate_fm(snapshot, joined, splits.vm_valid, splits.test, seed)
-
+        snapshot = absolute(config.paths.snapshot(seed))
+        joined = absolute(config.paths.joined(seed))
+        key = config_hash(needed(snapshot, "compress").version, needed(joined, "join").version)
+        measure_fm = partial(
+            evaluate_fm,
+            snapshot,
+            joined,
+            absolute(config.paths.prepared),
+            splits,
+            seed,
+            predictions_path(config, seed, MODEL_FM).absolute(),
+        )
         todo.append((evaluation_path(config, seed, MODEL_FM), key, measure_fm))
     for job in vm_jobs(config):
-        key = config_hash(needed(job.out_dir, "train-vm").version)
+        # a VM may outlive the joined set, but rows with a long history are told apart by the set
+        joined_version = needed(job.joined, "join").version
+        key = config_hash(needed(job.out_dir, "train-vm").version, joined_version)
         path = evaluation_path(config, job.seed, job.name)
-        todo.append((path, key, lambda job=job: evaluate_vm(job)))  # type: ignore[misc]
+        predictions = predictions_path(config, job.seed, job.name).absolute()
+        todo.append((path, key, partial(evaluate_vm, job, predictions)))
     todo = [item for item in todo if context.fresh or not _is_measured(item[0], item[1])]
-    measured = context.mapper("evaluate")(_measure, [(key, call) for _, key, call in todo])
+    measured = context.mapper("evaluate", writes=True)(
+        _measure, [(key, call) for _, key, call in todo]
+    )
     for (path, _, _), record in zip(todo, measured, strict=True):
         write_record(record, path)
     return {
@@ -337,7 +394,7 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
         vm=trained.config,
         schema=trained.schema,
         calibration=trained.calibration,
-        history=None if trained.latent_dim is None else _pin(config, trained_manifest, space),
+        history=_pin(config, trained_manifest, space) if trained.config.history.sources else None,
         derive=tuple(item for item in config.data.derive if item in names),
         sequence_len=config.data.sequence_len,
     )
@@ -366,6 +423,7 @@ def _clear(work: Path, checkpoints: Location) -> None:
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "prepare": run_prepare,
     "train-fm": run_train_fm,
+    "compress": run_compress,
     "materialize": run_materialize,
     "join": run_join,
     "audit": run_audit,

@@ -1,11 +1,11 @@
-"""Train the FM with Ray Train, its rows streamed in time order by Ray Data; then fit the bottleneck and write the snapshot.
+"""Train the FM with Ray Train, its rows streamed in time order by Ray Data, and write its weights.
 
 Each worker reads a Ray Data set of its own, whose files and order the driver fixed, so the same seed gives the same rows in
 the same order however Ray schedules, and a resumed run sees exactly the rows that the undisturbed one would have seen.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray.train import DataConfig
 from ray.train.torch import TorchTrainer
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
-from loopfm_ray.data.examples import Rows, iterate_rows, rows_of
+from loopfm_ray.data.examples import Rows, rows_of
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.data.split import Splits
@@ -24,22 +24,11 @@ from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
-from loopfm_ray.models.bottleneck import (
-    Bottleneck,
-    build_bottleneck,
-    calibrate,
-    channel_report,
-    fit_bottleneck,
-)
-from loopfm_ray.models.foundation import FoundationModel, build_fm
+from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.store.filesystem import Location, absolute
-from loopfm_ray.train.embed import embedding_chunks
-from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
-from loopfm_ray.types import TimeRange
+from loopfm_ray.train.weights import FmSpec, TrainedFm, save_fm
 
 __all__ = ["FmJob", "FmSettings", "train_fm"]
-
-_HELD_OUT_SHARE = 8  # every eighth chunk of embeddings measures the channel
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def train_fm(
     settings: FmSettings,
     progress: Progress = silent,
 ) -> None:
-    """Train the FM on the FM window and write its snapshot at `out_dir`; a killed run goes on from its checkpoint.
+    """Train the FM on the FM window and write it at `out_dir`; a killed run goes on from its checkpoint.
 
     The workers read `prepared` and write `out_dir` and `checkpoints`, wherever they run; `work_dir` is of this machine.
 
@@ -185,14 +174,23 @@ def _worker(config: dict[str, Any]) -> None:
     )
     report, curves = train(task, worker)
     if worker.is_first:
-        record = {"rows_per_s": report.rows_per_s * worker.world_size, "train_s": report.seconds}
-        snapshot = _finish_snapshot(job, data, model, collate, item_fields, record)
-        save_snapshot(
-            snapshot,
+        record = {
+            "rows_per_s": report.rows_per_s * worker.world_size,
+            "train_s": report.seconds,
+            "num_parameters": sum(value.numel() for value in model.parameters()),
+        }
+        spec = FmSpec(
+            trained_until_ts=job.splits.fm.stop_ts - 1,
+            schema=schema,
+            item_fields=item_fields,
+            max_len=job.settings.raw_max_len,
+            fm=job.config.model,
+        )
+        save_fm(
+            TrainedFm(model, spec, record),
             job.out_dir,
             settings_hash=job.settings.config_hash,
             inputs={"prepared": data.manifest.version},
-            record=record,
             num_rows=sum(job.plan.num_rows),
             curves=curves,
         )
@@ -204,69 +202,3 @@ def _blocks(rank: int) -> Iterator[Rows]:
     shard = ray.train.get_dataset_shard(_name(rank))
     for table in shard.iter_batches(batch_size=65_536, batch_format="pyarrow", prefetch_batches=1):
         yield rows_of(table)
-
-
-def _finish_snapshot(
-    job: FmJob,
-    data: PreparedData,
-    model: FoundationModel,
-    collate: Collator,
-    item_fields: tuple[str, ...],
-    record: dict[str, Any],
-) -> Snapshot:
-    """Fit the bottleneck and return the snapshot; what was measured goes into `record`."""
-    bottleneck, embedding = _fit_bottleneck(job, data, model, collate)
-    spec = calibrate(bottleneck, embedding, job.config.bits)
-    channel = channel_report(bottleneck, embedding, spec)
-    record["channel"] = asdict(channel)
-    record["num_parameters"] = sum(value.numel() for value in model.parameters())
-    return Snapshot(
-        model,
-        bottleneck,
-        SnapshotSpec(
-            trained_until_ts=job.splits.fm.stop_ts - 1,
-            schema=data.schema_as_of(job.splits.fm.stop_ts),
-            item_fields=item_fields,
-            max_len=job.settings.raw_max_len,
-            fm=job.config.model,
-            bottleneck=job.config.bottleneck,
-            embedding_layer=job.config.embedding_layer,
-            code_spec=spec,
-        ),
-    )
-
-
-def _fit_bottleneck(
-    job: FmJob, data: PreparedData, model: FoundationModel, collate: Collator
-) -> tuple[Bottleneck, torch.Tensor]:
-    """Fit on the newest history events of the FM's window; return the bottleneck and embeddings that it did not see."""
-    window = job.splits.fm
-    start_ts = _newest_start(data, job)
-    batches = (
-        collate({name: values[rows["is_event"]] for name, values in rows.items()})
-        for rows in iterate_rows(
-            data.examples.files(window, job.buckets[0]),
-            TimeRange(start_ts, window.stop_ts),
-            columns=[*_columns(collate), "is_event"],
-            batch_rows=2048,
-        )
-        if rows["is_event"].any()
-    )
-    chunks = list(embedding_chunks(model, job.config.embedding_layer, batches))
-    held_out = chunks[::_HELD_OUT_SHARE]
-    fitted = [chunk for index, chunk in enumerate(chunks) if index % _HELD_OUT_SHARE] or chunks
-    bottleneck = build_bottleneck(
-        job.config.bottleneck, model.layer_dim(job.config.embedding_layer)
-    )
-    settings = job.config.bottleneck
-    fit_bottleneck(bottleneck, fitted, init_rows=settings.init_rows, lr=settings.lr)
-    bottleneck.eval()
-    return bottleneck, torch.cat([chunk.embedding for chunk in held_out])
-
-
-def _newest_start(data: PreparedData, job: FmJob) -> int:
-    """Return from when on the first worker's window holds about `bottleneck_rows` rows."""
-    window = job.splits.fm
-    num_rows = data.examples.num_rows(window, job.buckets[0])
-    share = min(1.0, job.config.bottleneck_rows / max(num_rows, 1))
-    return window.stop_ts - max(1, round((window.stop_ts - window.start_ts) * share))

@@ -4,22 +4,32 @@ A VM's rows come from the joined set through a reader in the worker itself: the 
 Ray Data pipeline for each epoch would cost more than the epoch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
+from torch import nn
 
-from loopfm_ray.data.collate import Collator, HistorySource, LatentHistorySource, RawHistorySource
+from loopfm_ray.data.collate import (
+    TEACHER_CODE,
+    Collator,
+    HistorySource,
+    LatentHistorySource,
+    RawHistorySource,
+)
 from loopfm_ray.data.examples import ExampleSet
 from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits
 from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
+from loopfm_ray.distill.hints import HintedVm
+from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import VmStageConfig
 from loopfm_ray.jobs.mapping import Progress, unwrap
 from loopfm_ray.jobs.training import (
@@ -33,11 +43,12 @@ from loopfm_ray.jobs.training import (
     train,
 )
 from loopfm_ray.metrics.calibration import fit_platt
-from loopfm_ray.models.vertical import build_vm
+from loopfm_ray.models.history_inputs import HistoryInputs
+from loopfm_ray.models.registry import build_vm
+from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
-from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
@@ -51,7 +62,8 @@ class VmData:
     prepared: PreparedData
     joined: Version
     schema: FeatureSchema
-    history_kind: str
+    history: HistoryInputs
+    needs_teacher_latent: bool
     raw_max_len: int
 
     @classmethod
@@ -59,8 +71,15 @@ class VmData:
         """Open the data of `job`."""
         data = PreparedData.open(job.prepared)
         schema = data.schema_as_of(job.splits.vm.stop_ts).select(job.fields)
-        joined = open_version(job.joined, "joined")
-        return cls(data, joined, schema, job.config.model.history.kind, job.raw_max_len)
+        joined, config = open_version(job.joined, "joined"), job.config
+        return cls(
+            data,
+            joined,
+            schema,
+            config.model.history,
+            config.needs_teacher_latent,
+            job.raw_max_len,
+        )
 
     @property
     def requests(self) -> ExampleSet:
@@ -70,32 +89,71 @@ class VmData:
     @property
     def item_fields(self) -> tuple[str, ...]:
         """Columns of the raw history, if it is read."""
-        if self.history_kind not in ("raw", "both"):
+        if "raw" not in self.history.sources:
             return ()
         return tuple(field.name for field in self.schema.of(Kind.CATEGORICAL, Side.ITEM))
 
     @property
     def latent_dim(self) -> int | None:
         """Width of the stored latents, if they are read."""
-        return self._spec.dim if self.history_kind in ("latent", "both") else None
+        is_read = self.history.kind in ("latent", "both") or self.needs_teacher_latent
+        return self.spec.dim if is_read else None
 
     @property
-    def _spec(self) -> CodeSpec:
+    def spec(self) -> CodeSpec:
+        """How the latents were stored."""
         return CodeSpec.from_tree(self.joined.manifest.meta["code_spec"])
 
     def collator(self, buckets: Sequence[int]) -> Collator:
-        """Return what turns rows of `buckets` into batches."""
-        sources: dict[str, HistorySource] = {}
-        if self.history_kind in ("latent", "both"):
-            max_len = int(self.joined.manifest.meta["max_len"])
-            tables = read_histories(self.joined, "history", buckets)
-            sources["latent"] = LatentHistorySource(tables, self._spec, max_len)
-        if self.item_fields:
+        """Return what turns rows of `buckets` into batches.
+
+        Raises:
+            ConfigError: the joined set lacks a history, or the rows' own latents.
+        """
+        sources = {
+            name: self._source(name, side, buckets) for name, side in self.history.sources.items()
+        }
+        if self.needs_teacher_latent:
+            self._check_teacher_code()
+        teacher = self.spec if self.needs_teacher_latent else None
+        return Collator(self.schema, self.prepared.items, self.prepared.users, sources, teacher)
+
+    def _source(self, name: str, side: Sequence[str], buckets: Sequence[int]) -> HistorySource:
+        if name == "raw":
             events = {bucket: self.prepared.events(bucket) for bucket in buckets}
-            sources["raw"] = RawHistorySource(
-                events, self.prepared.items, self.item_fields, self.raw_max_len
+            return RawHistorySource(
+                events, self.prepared.items, self.item_fields, self.raw_max_len, side
             )
-        return Collator(self.schema, self.prepared.items, self.prepared.users, sources)
+        meta = self.joined.manifest.meta
+        if name == "latent":
+            tables = read_histories(self.joined, "history", buckets)
+            return LatentHistorySource(tables, self.spec, int(meta["max_len"]), side)
+        others = meta.get("histories", {})
+        if name not in others:
+            raise ConfigError(
+                f"a VM reads the history {name!r}, the joined set {self.joined.location} has"
+                f" {['latent', *sorted(others)]}; join it with that key, or take the history out of the VM's config"
+            )
+        # the candidates of a user may lie in any bucket of their own key
+        tables = read_histories(self.joined, f"history/{name}", self._buckets_of(name))
+        return LatentHistorySource(tables, self.spec, int(others[name]["max_len"]), side)
+
+    def _buckets_of(self, name: str) -> list[int]:
+        start, end = f"history/{name}/bucket=", ".arrow"
+        paths = [entry.path for entry in self.joined.manifest.files]
+        return [
+            int(path.removeprefix(start).removesuffix(end))
+            for path in paths
+            if path.startswith(start) and path.endswith(end)
+        ]
+
+    def _check_teacher_code(self) -> None:
+        names = pq.read_schema(self.requests.files()[0].path).names
+        if TEACHER_CODE not in names:
+            raise ConfigError(
+                f"fitnets and reads_teacher_latent need the column {TEACHER_CODE!r} in {self.joined.location}, found {names};"
+                " join with the rows' own latents, or leave them out of the VM's config"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,22 +172,13 @@ class VmJob:
     raw_max_len: int
     seed: int
     config_hash: str
+    inputs: Mapping[str, str]
+    """Versions that it depends on, by name."""
 
     @property
     def metrics_file(self) -> Path:
         """Where it is shown how far the training is."""
         return self.work_dir / "metrics.jsonl"
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What the VM is made from: the versions, and the space that its latents are of."""
-        joined = read_manifest(self.joined)
-        return {
-            "prepared": read_manifest(self.prepared).version,
-            "joined": joined.version,
-            "latents": joined.meta["latents_version"],
-            "space": joined.meta["space"],
-        }
 
 
 def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:
@@ -175,6 +224,13 @@ def _fit(job: VmJob) -> None:
     ).fit()
 
 
+def _trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> nn.Module:
+    """Return what is trained: the VM, or with `fitnets` the VM and the map that is thrown away."""
+    if config.fitnets is None:
+        return model
+    return HintedVm(model, config.fitnets.layer, data.spec.dim)
+
+
 def _worker(config: dict[str, Any]) -> None:
     job: VmJob = config["job"]
     plan: StepPlan = config["plan"]
@@ -186,8 +242,9 @@ def _worker(config: dict[str, Any]) -> None:
     torch.manual_seed(job.seed)
     model = build_vm(job.config.model, data.schema, data.item_fields, data.latent_dim)
     columns = list(dict.fromkeys([*collate.columns, "example_id", "label_ts", "teacher_prob"]))
+    fitnets = job.config.fitnets
     task = Task(
-        model=model,
+        model=_trained_form(model, job.config, data),
         learning=job.config.learning,
         plan=plan,
         blocks=lambda _: keep_known(
@@ -200,6 +257,7 @@ def _worker(config: dict[str, Any]) -> None:
         seed=job.seed,
         metrics_file=job.metrics_file,
         kd_weight=job.config.kd_weight,
+        hint_weight=fitnets.weight if fitnets is not None else 0.0,
     )
     report, curves = train(task, worker)
     valid = gather_predictions(score_rows(model, collate, files, job.splits.vm_valid))

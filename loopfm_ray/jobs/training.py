@@ -87,6 +87,7 @@ class Task:
     seed: int
     metrics_file: Path
     kd_weight: float = 0.0
+    hint_weight: float = 0.0
 
 
 def scaling_config(learning: LearningConfig) -> ScalingConfig:
@@ -135,7 +136,9 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
         np.tile(task.plan.global_sizes(), task.learning.epochs)[state.counters.step :]
     )
     workers = Workers(worker.world_size, lambda _: float(next(global_rows)))
-    objective = make_objective(wrapped, kd_weight=task.kd_weight, workers=workers)
+    objective = make_objective(
+        wrapped, kd_weight=task.kd_weight, hint_weight=task.hint_weight, workers=workers
+    )
     batches = islice(_batches(task, worker), state.counters.step, None)
     hooks = Hooks(
         on_progress=recorder.progress,

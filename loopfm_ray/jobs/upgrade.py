@@ -35,7 +35,7 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
     with the shared target, so that its later stages publish there.
 
     Args:
-        config: the new run; prepared and with a trained FM.
+        config: the new run; prepared, with a trained FM and its snapshot.
         beside: folder of the run that is served.
         progress: told of each shard.
 
@@ -49,7 +49,7 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
     config, old_pin = share_target(config, beside)
     seed = config.seeds[0]
     prepared = _needed(config.paths.prepared, "prepare")
-    snapshot = _needed(config.paths.fm(seed), "train-fm")
+    snapshot = _needed(config.paths.snapshot(seed), "compress")
     space = Space(
         snapshot.meta["snapshot_id"],
         CodeSpec.from_tree(snapshot.meta["code_spec"]),
@@ -66,7 +66,7 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
     _write(paths.config, dump_yaml(config))
     latents = materialize(
         paths.prepared,
-        paths.fm(seed),
+        paths.snapshot(seed),
         paths.latents(seed),
         delay_us=config.history.delay_us,
         num_workers=config.ray.parallel_tasks,

@@ -1,9 +1,7 @@
 """The bottleneck: shortens an FM embedding to a latent that every prefix of stands for it, and that fits in few bits."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Literal, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -12,28 +10,20 @@ from torch.nn import functional
 
 from loopfm_ray.config import Config
 from loopfm_ray.errors import ConfigError, DataError
-from loopfm_ray.store.codes import CodeSpec, calibrate_scale, dequantize, quantize
 
-__all__ = [
-    "Bottleneck",
-    "BottleneckConfig",
-    "ChannelReport",
-    "EmbeddingChunk",
-    "build_bottleneck",
-    "calibrate",
-    "channel_report",
-    "fit_bottleneck",
-]
+__all__ = ["Bottleneck", "BottleneckConfig", "Metric", "Rotation", "Rounding", "build_bottleneck"]
 
 _MIN_STD = 1e-4
 _MAX_NORMAL = 8.0
-
+_ROTATION_SEED = 7
 
 Metric = Literal["spread", "gradient"]
+Rounding = Literal["none", "noise", "straight_through"]
+Rotation = Literal["none", "random"]
 
 
 class BottleneckConfig(Config):
-    """A Matryoshka autoencoder that starts as whitened principal components."""
+    """A Matryoshka bottleneck that starts as whitened principal components."""
 
     kind: Literal["matryoshka"] = "matryoshka"
     latent_dim: PositiveInt = 32
@@ -47,78 +37,75 @@ class BottleneckConfig(Config):
     logit moves with it."""
     spread: PositiveFloat = 2.5
     """Standard deviations of a component that the straight part of the tanh covers."""
+    reconstruct_weight: NonNegativeFloat = 1.0
+    """Weight of the mean squared error of the decoded embedding."""
     predict_weight: NonNegativeFloat = 0.0
-    """Weight of a term that asks the latent to give the FM's prediction, not only its embedding."""
+    """Weight of a term that asks every prefix to give the FM's prediction; with `reconstruct_weight` 0 the bottleneck
+    is trained by prediction alone (IAT)."""
+    predict_hidden: NonNegativeInt = 64
+    """Width of the hidden layer from a prefix to that prediction; 0 is linear."""
+    rounding: Rounding = "none"
+    """How training meets the rounding to codes: not at all, as uniform noise of one step, or as it is with the
+    gradient passed straight through."""
+    rotation: Rotation = "none"
+    """Whether components start rotated at random within each prefix, so that every number carries a like share."""
     init_rows: PositiveInt = 65_536
     """Rows from which mean, spread and principal components are taken."""
+    epochs: PositiveInt = 1
+    """Passes over the embeddings."""
     lr: PositiveFloat = 1e-3
-    """Learning rate of Adam in `fit_bottleneck`."""
+    """Learning rate of Adam."""
 
     @model_validator(mode="after")
-    def _check_prefixes(self) -> Self:
+    def _check(self) -> Self:
         if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1:] != (
             self.latent_dim,
         ):
             raise ValueError(
                 f"prefixes must rise and end in latent_dim {self.latent_dim}, found {self.prefixes}"
             )
+        if not self.reconstruct_weight and not self.predict_weight:
+            raise ValueError("one of reconstruct_weight and predict_weight must be positive")
         return self
 
 
-class EmbeddingChunk(NamedTuple):
-    """One piece of the stream that a bottleneck is fitted on."""
-
-    embedding: Tensor
-    """[B, D] FM embeddings."""
-    target: Tensor | None = None
-    """[B] FM probabilities; needed with `predict_weight`."""
-    sensitivity: Tensor | None = None
-    """[D] from `FoundationModel.sensitivity`; needed with the metric `gradient` on some chunk."""
-
-
 class Bottleneck(nn.Module):
-    """Standardise, weigh, linear map (plus a hidden layer), tanh; one linear decoder per prefix.
+    """Standardise, weigh, linear map (plus a hidden layer), tanh; one linear decoder and one predictor per prefix.
 
     The embedding's gradient is stopped: a bottleneck never trains the FM. Each decoder gives the standardised and
     weighted embedding, so that what the FM does not use takes no room in the latent.
 
-    Source: LoopFM, arXiv 2605.29280, stage 2. The start from principal components and the weighing by the logit's
-    slope are ours; the paper is silent on both.
+    Source: LoopFM, arXiv 2605.29280, stage 2; training by prediction alone: IAT, arXiv 2604.08933. The start from
+    principal components and the weighing by the logit's slope are ours; the papers are silent on both.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        latent_dim: int,
-        prefixes: Sequence[int],
-        hidden: int = 0,
-        spread: float = 2.5,
-        predict_weight: float = 0.0,
-        metric: Metric = "spread",
-    ) -> None:
+    def __init__(self, config: BottleneckConfig, in_dim: int) -> None:
         super().__init__()
-        if latent_dim > in_dim:
+        if config.latent_dim > in_dim:
             raise ConfigError(
-                f"bottleneck.latent_dim must be at most the embedding's {in_dim}, found {latent_dim};"
-                " lower it or take a wider embedding_layer"
+                f"bottleneck.latent_dim must be at most the embedding's {in_dim}, found {config.latent_dim};"
+                " lower it or take wider embedding_layers"
             )
-        self.in_dim, self.latent_dim, self.prefixes = in_dim, latent_dim, tuple(prefixes)
-        self.spread, self.predict_weight, self.metric = spread, predict_weight, metric
+        self.config, self.in_dim = config, in_dim
+        self.latent_dim, self.prefixes = config.latent_dim, config.prefixes
         self.register_buffer("mean", torch.zeros(in_dim))
         self.register_buffer("std", torch.ones(in_dim))
         self.register_buffer("weight", torch.ones(in_dim))
-        self.encoder = nn.Linear(in_dim, latent_dim)
-        self.hidden = (
-            nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, latent_dim))
-            if hidden
-            else None
-        )
+        self.register_buffer("step", torch.zeros(config.latent_dim))
+        self.encoder = nn.Linear(in_dim, config.latent_dim)
+        self.hidden = _mlp(in_dim, config.hidden, config.latent_dim) if config.hidden else None
         self.decoders = nn.ModuleDict({str(p): nn.Linear(p, in_dim) for p in self.prefixes})
-        self.predictor = nn.Linear(latent_dim, 1) if predict_weight else None
+        self.predictors = nn.ModuleDict(
+            {str(p): _mlp(p, config.predict_hidden, 1) for p in self.prefixes}
+            if config.predict_weight
+            else {}
+        )
 
     mean: Tensor
     std: Tensor
     weight: Tensor
+    step: Tensor
+    """[latent_dim] distance of two codes, which rounding in training knows; 0 until `set_step`."""
 
     def standardise(self, embedding: Tensor) -> Tensor:
         """Return [B, D] with mean 0 and the weight of each dimension as its spread, without gradient."""
@@ -140,24 +127,46 @@ class Bottleneck(nn.Module):
         return decoded
 
     def loss(self, embedding: Tensor, target: Tensor | None = None) -> Tensor:
-        """Return [] the sum over prefixes of the mean squared error, plus the weighted prediction term.
+        """Return [] the sum over prefixes of the weighted reconstruction and prediction terms.
 
         Args:
             embedding: [B, D] FM embeddings; take no gradient.
             target: [B] FM probabilities; needed with `predict_weight`.
         """
-        normal, latent = self.standardise(embedding), self.encode(embedding)
-        total = torch.stack(
-            [functional.mse_loss(self.decode(latent, prefix), normal) for prefix in self.prefixes]
-        ).sum()
-        if self.predictor is not None:
+        config, normal = self.config, self.standardise(embedding)
+        latent = self._rounded(self.encode(embedding))
+        terms = []
+        if config.reconstruct_weight:
+            terms += [
+                config.reconstruct_weight * functional.mse_loss(self.decode(latent, prefix), normal)
+                for prefix in self.prefixes
+            ]
+        if config.predict_weight:
             if target is None:
                 raise DataError("bottleneck.predict_weight needs the FM's predictions, found none")
-            logit = self.predictor(latent)[:, 0]
-            total = total + self.predict_weight * functional.binary_cross_entropy_with_logits(
-                logit, target.detach()
-            )
-        return total
+            terms += [
+                config.predict_weight * self._prediction_loss(latent, prefix, target.detach())
+                for prefix in self.prefixes
+            ]
+        return torch.stack(terms).sum()
+
+    def set_step(self, scale: Sequence[float], bits: int) -> None:
+        """Take over how far apart codes of `bits` lie, from the scale of each dimension."""
+        self.step.copy_(torch.tensor(scale) / 2 ** (bits - 1))
+
+    def _prediction_loss(self, latent: Tensor, prefix: int, target: Tensor) -> Tensor:
+        logit = self.predictors[str(prefix)](latent[..., :prefix])[:, 0]
+        return functional.binary_cross_entropy_with_logits(logit, target)
+
+    def _rounded(self, latent: Tensor) -> Tensor:
+        """Return latents as training shall meet them after the store."""
+        if self.config.rounding == "none" or not self.training:
+            return latent
+        if self.config.rounding == "noise":
+            return latent + (torch.rand_like(latent) - 0.5) * self.step
+        step = self.step.clamp_min(1e-12)
+        stored = torch.where(self.step > 0, torch.round(latent / step) * step, latent)
+        return latent + (stored - latent).detach()
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, sensitivity: Tensor | None = None) -> None:
@@ -178,36 +187,52 @@ class Bottleneck(nn.Module):
         self.std.copy_(torch.where(std > _MIN_STD, std, 1.0))
         if sensitivity is not None:
             self.weight.copy_(_weights(std, sensitivity))
-        normal = self.standardise(sample).double()
-        values, vectors = torch.linalg.eigh(normal.T @ normal / len(normal))
-        components = vectors.flip(1)[:, : self.latent_dim]
-        # The sign of an eigenvector is free: fix it, so that every machine starts alike.
-        largest = components.abs().argmax(0)
-        components = components * components[largest, torch.arange(self.latent_dim)].sign()
-        variance = values.flip(0)[: self.latent_dim].clamp_min(_MIN_STD**2)
-        reach = self.spread * variance.sqrt()
-        self.encoder.weight.copy_((components / reach).T)
+        components, variance = self._components(self.standardise(sample).double())
+        turn = self._turn()
+        reach = self.config.spread * variance.sqrt()
+        self.encoder.weight.copy_(((components / reach) @ turn).T)
         self.encoder.bias.zero_()
         if self.hidden is not None:
             for parameter in self.hidden[-1].parameters():
                 parameter.zero_()
         for prefix in self.prefixes:
             decoder = self.decoders[str(prefix)]
-            decoder.get_parameter("weight").copy_((components * reach)[:, :prefix])
+            decoder.get_parameter("weight").copy_(((components * reach) @ turn)[:, :prefix])
             decoder.get_parameter("bias").zero_()
+
+    def _components(self, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [D, latent_dim] the principal components of [N, D] and [latent_dim] their variance."""
+        values, vectors = torch.linalg.eigh(normal.T @ normal / len(normal))
+        components = vectors.flip(1)[:, : self.latent_dim]
+        # The sign of an eigenvector is free: fix it, so that every machine starts alike.
+        largest = components.abs().argmax(0)
+        components = components * components[largest, torch.arange(self.latent_dim)].sign()
+        return components, values.flip(0)[: self.latent_dim].clamp_min(_MIN_STD**2)
+
+    def _turn(self) -> Tensor:
+        """Return [latent_dim, latent_dim] an orthogonal map that mixes no two prefixes' own numbers."""
+        turn = torch.eye(self.latent_dim, dtype=torch.float64)
+        if self.config.rotation == "none":
+            return turn
+        generator = torch.Generator().manual_seed(_ROTATION_SEED)
+        start = 0
+        for stop in self.prefixes:
+            size = stop - start
+            square = torch.randn(size, size, generator=generator, dtype=torch.float64)
+            turn[start:stop, start:stop] = torch.linalg.qr(square)[0]
+            start = stop
+        return turn
 
 
 def build_bottleneck(config: BottleneckConfig, in_dim: int) -> Bottleneck:
     """Build the bottleneck of embeddings [B, in_dim]."""
-    return Bottleneck(
-        in_dim,
-        config.latent_dim,
-        config.prefixes,
-        config.hidden,
-        config.spread,
-        config.predict_weight,
-        config.metric,
-    )
+    return Bottleneck(config, in_dim)
+
+
+def _mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    if not hidden:
+        return nn.Sequential(nn.Linear(in_dim, out_dim))
+    return nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
 
 
 def _weights(std: Tensor, sensitivity: Tensor) -> Tensor:
@@ -215,93 +240,5 @@ def _weights(std: Tensor, sensitivity: Tensor) -> Tensor:
     reach = std * sensitivity.float().sqrt()
     size = reach.square().mean().sqrt()
     if not bool(size > 0):
-        raise DataError("the FM's logit does not depend on the embedding_layer; choose another one")
+        raise DataError("the FM's logit does not depend on the embedding_layers; choose others")
     return reach / size
-
-
-def fit_bottleneck(
-    bottleneck: Bottleneck,
-    stream: Iterable[EmbeddingChunk],
-    *,
-    init_rows: int = 65_536,
-    lr: float = 1e-3,
-) -> list[float]:
-    """Initialise from the first `init_rows` rows, then take one Adam step per chunk, those rows included.
-
-    Returns:
-        The loss of each step, before the step.
-
-    Raises:
-        DataError: the stream holds fewer than two rows.
-    """
-    chunks, buffered, num_rows = iter(stream), list[EmbeddingChunk](), 0
-    for chunk in chunks:
-        buffered.append(chunk)
-        num_rows += len(chunk.embedding)
-        if num_rows >= init_rows:
-            break
-    if not buffered:
-        raise DataError("a bottleneck needs a stream of embeddings, found none; check the split")
-    slopes = [chunk.sensitivity for chunk in buffered if chunk.sensitivity is not None]
-    if bottleneck.metric == "gradient" and not slopes:
-        raise DataError(
-            "bottleneck.metric gradient needs the FM's sensitivity, found none; set it to spread"
-        )
-    bottleneck.initialise(
-        torch.cat([chunk.embedding for chunk in buffered]),
-        torch.stack(slopes).mean(0) if bottleneck.metric == "gradient" else None,
-    )
-    optimizer = torch.optim.Adam(bottleneck.parameters(), lr=lr)
-    losses = []
-    for chunk in chain(buffered, chunks):
-        optimizer.zero_grad()
-        loss = bottleneck.loss(chunk.embedding, chunk.target)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-@torch.no_grad()
-def calibrate(bottleneck: Bottleneck, embedding: Tensor, bits: int) -> CodeSpec:
-    """Return the code whose scale per dimension suits the latents of embeddings [N, D] best."""
-    if bits == 16:
-        return CodeSpec(bits, bottleneck.latent_dim)
-    latents = bottleneck.encode(embedding).cpu().numpy()
-    return CodeSpec(bits, bottleneck.latent_dim, calibrate_scale(latents, bits))
-
-
-@dataclass(frozen=True)
-class ChannelReport:
-    """What the way from FM embedding to stored code keeps."""
-
-    embedding_dim: int
-    latent_dim: int
-    bits: int
-    variance_explained: dict[str, float]
-    """Share of the standardised and weighted embedding's variance kept by `latent`, by its `code`, and by `prefix_<n>`."""
-    share_zero_codes: float
-    """Share of codes that are 0: near 1, the code's range is too wide for the latents."""
-
-
-@torch.no_grad()
-def channel_report(bottleneck: Bottleneck, embedding: Tensor, spec: CodeSpec) -> ChannelReport:
-    """Measure the channel on embeddings [N, D], best not those it was fitted on."""
-    normal, latent = bottleneck.standardise(embedding), bottleneck.encode(embedding)
-    codes = quantize(latent.cpu().numpy(), spec)
-    stored = torch.from_numpy(dequantize(codes, spec)).to(latent)
-    explained = {
-        "latent": _explained(normal, bottleneck.decode(latent)),
-        "code": _explained(normal, bottleneck.decode(stored)),
-    }
-    for prefix in bottleneck.prefixes:
-        explained[f"prefix_{prefix}"] = _explained(normal, bottleneck.decode(latent, prefix))
-    return ChannelReport(
-        bottleneck.in_dim, bottleneck.latent_dim, spec.bits, explained, float((codes == 0).mean())
-    )
-
-
-def _explained(target: Tensor, decoded: Tensor) -> float:
-    residual = (target - decoded).square().sum()
-    total = (target - target.mean(0)).square().sum().clamp_min(1e-12)
-    return float(1.0 - residual / total)

@@ -59,9 +59,19 @@ class FmOutput:
     layers: dict[str, Tensor]
     """Named activations [B, D_l], from which an FM embedding is read."""
 
+    def embedding(self, layers: Sequence[str]) -> Tensor:
+        """Return [B, D] the FM embedding: the named activations side by side.
+
+        Source: LoopFM, arXiv 2605.29280, stage 1.
+        """
+        return torch.cat([self.layers[name] for name in layers], -1)
+
 
 class FoundationModel(nn.Module):
-    """Fields, numbers and history side by side (`embedding`), then an MLP (`hidden_0`, ...) and cross layers."""
+    """Fields, numbers and history side by side (`embedding`), then an MLP (`hidden_0`, ...) and cross layers.
+
+    The summed-up history alone is the layer `sequence`, where there is one.
+    """
 
     def __init__(
         self,
@@ -77,6 +87,8 @@ class FoundationModel(nn.Module):
         self.cross, self.mlp = cross, mlp
         in_dim = features.out_dim + (encoder.out_dim if encoder is not None else 0)
         self._dims = {"embedding": in_dim}
+        if encoder is not None:
+            self._dims["sequence"] = encoder.out_dim
         for index, layer in enumerate(mlp.layers):
             self._dims[f"hidden_{index}"] = int(layer.out_features)  # type: ignore[arg-type]  # a Linear
         self.head = nn.Linear(mlp.out_dim + (in_dim if cross is not None else 0), num_tasks)
@@ -86,17 +98,19 @@ class FoundationModel(nn.Module):
         """Names of the layers in `FmOutput.layers`, input first."""
         return tuple(self._dims)
 
-    def layer_dim(self, name: str) -> int:
-        """Return the width of a named layer.
+    def embedding_dim(self, layers: Sequence[str]) -> int:
+        """Return the width of the named layers side by side.
 
         Raises:
             ConfigError: there is no such layer.
         """
-        if name not in self._dims:
+        unknown = [name for name in layers if name not in self._dims]
+        if unknown or not layers:
             raise ConfigError(
-                f"the FM has no layer {name!r}, it has {self.layer_names}; set embedding_layer to one"
+                f"the FM has no layers {unknown or '()'}, it has {self.layer_names}; set embedding_layers to"
+                " some of them"
             )
-        return self._dims[name]
+        return sum(self._dims[name] for name in layers)
 
     def forward(self, batch: Batch) -> FmOutput:
         """Score a batch.
@@ -104,26 +118,32 @@ class FoundationModel(nn.Module):
         Raises:
             ShapeError: the FM reads the raw history and the batch has none.
         """
-        return self._score(torch.cat(self._inputs(batch), -1))
+        return self._score(self._inputs(batch))
 
-    def sensitivity(self, batch: Batch, layer: str) -> Tensor:
-        """Return [D_l]: the mean square, over rows, of the first logit's slope in each number of a layer.
+    def sensitivity(self, batch: Batch, layers: Sequence[str]) -> Tensor:
+        """Return [D]: the mean square, over rows, of the first logit's slope in each number of the named layers.
 
         The slope of a field in the layer `embedding` takes its way through the query of the history along. The numeric
         fields of that layer count 0: they compare the past with this one candidate, and say little later.
         """
-        self.layer_dim(layer)
+        self.embedding_dim(layers)
         with torch.enable_grad():
             inputs = [
                 part if part.requires_grad else part.requires_grad_()
                 for part in self._inputs(batch)
             ]
-            output = self._score(torch.cat(inputs, -1))
-            ends = inputs if layer == "embedding" else [output.layers[layer]]
-            slopes = torch.autograd.grad(output.logit[:, 0].sum(), ends)
+            output = self._score(inputs)
+            ends = {"embedding": inputs, "sequence": inputs[1:]}
+            wanted = [ends.get(name, [output.layers[name]]) for name in layers]
+            slopes = torch.autograd.grad(
+                output.logit[:, 0].sum(), [t for end in wanted for t in end]
+            )
         result = torch.cat(slopes, -1).square().mean(0)
-        if layer == "embedding":
-            result[self.features.numeric_columns] = 0.0
+        if "embedding" in layers:
+            before = layers[: layers.index("embedding")]
+            start = sum(self._dims[name] for name in before)
+            numeric = self.features.numeric_columns
+            result[start + numeric.start : start + numeric.stop] = 0.0
         return result
 
     def _inputs(self, batch: Batch) -> list[Tensor]:
@@ -134,12 +154,14 @@ class FoundationModel(nn.Module):
         values = self.events(self.features.embeddings, history.item_ids)
         return [fields, self.encoder(fields, values, history)]
 
-    def _score(self, embedding: Tensor) -> FmOutput:
+    def _score(self, inputs: Sequence[Tensor]) -> FmOutput:
+        embedding = torch.cat(tuple(inputs), -1)
         hidden = self.mlp.forward_all(embedding)
         top = hidden[-1] if hidden else embedding
         if self.cross is not None:
             top = torch.cat([top, self.cross(embedding)], -1)
-        return FmOutput(self.head(top), dict(zip(self._dims, [embedding, *hidden], strict=True)))
+        layers = [embedding, *inputs[1:], *hidden]
+        return FmOutput(self.head(top), dict(zip(self._dims, layers, strict=True)))
 
 
 def build_fm(

@@ -1,36 +1,36 @@
 """History encoders: from a user's past events, and the candidate, to one vector per row."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from loopfm_ray.config import Config
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.errors import ConfigError, ShapeError
+from loopfm_ray.models.ages import NUM_AGE_FEATURES, age_features
 from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.layers import TargetAttention, masked_mean, masked_sum
+from loopfm_ray.models.sequences import AugruBody, DinBody, GruBody, TransformerBody
 
 __all__ = [
-    "NUM_AGE_FEATURES",
+    "AnyEncoderConfig",
     "AttentionBody",
     "AttentionConfig",
+    "DinUnitConfig",
     "EncoderConfig",
+    "GruConfig",
     "HistoryBody",
     "HistoryEncoder",
     "PoolBody",
     "PoolConfig",
     "RawEvents",
-    "age_features",
+    "TransformerConfig",
     "build_encoder",
     "need_history",
 ]
-
-NUM_AGE_FEATURES = 5
-_DAYS = (7.0, 28.0, 90.0)
-_SECONDS_PER_DAY = 86_400.0
 
 
 class AttentionConfig(Config):
@@ -53,14 +53,51 @@ class PoolConfig(Config):
     """Width of a layer applied to each event before pooling; 0 pools the events as they are."""
 
 
-EncoderConfig = Annotated[AttentionConfig | PoolConfig, Field(discriminator="kind")]
+class DinUnitConfig(Config):
+    """DIN's activation unit: each event weighted by an MLP of candidate and event. arXiv 1706.06978."""
+
+    kind: Literal["din"] = "din"
+    hidden: tuple[PositiveInt, ...] = Field(default=(36,), min_length=1)
+    """Widths of the unit's MLP."""
+    activation: Literal["prelu", "dice"] = "prelu"
+    """`dice` follows the batch while training, so that a row's score then depends on its neighbours."""
+    has_softmax: bool = False
+    """Whether the weights of a history sum to 1; the paper leaves them as they are, so that they tell strength."""
 
 
-def age_features(age_s: Tensor) -> Tensor:
-    """Return [G, L, 5] features of ages [G, L] in seconds: 1, a log, and decays over a week, a month, a quarter."""
-    days = age_s / _SECONDS_PER_DAY
-    decays = [torch.exp(days / -length) for length in _DAYS]
-    return torch.stack([torch.ones_like(days), torch.log1p(days) / 3, *decays], -1)
+class GruConfig(Config):
+    """A GRU over the events, blind to the candidate; `augru` follows the candidate's interest. arXiv 1809.03672."""
+
+    kind: Literal["gru", "augru"] = "gru"
+    hidden: PositiveInt = 32
+    """Width of the state."""
+
+
+class TransformerConfig(Config):
+    """Self-attention among the events, read out by the candidate. arXiv 1905.06874."""
+
+    kind: Literal["transformer"] = "transformer"
+    width: PositiveInt = 32
+    """Width of an event inside; a multiple of `num_heads`."""
+    num_heads: PositiveInt = 2
+    """Heads of each block, and of the read-out."""
+    num_layers: PositiveInt = 1
+    """Blocks; one was best in the paper."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout inside the blocks."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.num_heads:
+            raise ConfigError(
+                f"width must be a multiple of num_heads, found {self.width} and {self.num_heads};"
+                " change one of them"
+            )
+        return self
+
+
+AnyEncoderConfig = AttentionConfig | PoolConfig | DinUnitConfig | GruConfig | TransformerConfig
+EncoderConfig = Annotated[AnyEncoderConfig, Field(discriminator="kind")]
 
 
 class HistoryBody(Protocol):
@@ -200,14 +237,24 @@ def need_history(batch: Batch, name: str) -> History:
     return history
 
 
-def build_encoder(
-    config: AttentionConfig | PoolConfig, query_dim: int, value_dim: int
-) -> HistoryEncoder:
+def build_encoder(config: AnyEncoderConfig, query_dim: int, value_dim: int) -> HistoryEncoder:
     """Build the encoder of queries [B, query_dim] and events [G, L, value_dim]."""
+    return HistoryEncoder(_build_body(config, query_dim, value_dim))
+
+
+def _build_body(config: AnyEncoderConfig, query_dim: int, value_dim: int) -> HistoryBody:
     if isinstance(config, AttentionConfig):
-        return HistoryEncoder(
-            AttentionBody(
-                query_dim, value_dim, config.num_heads, config.query_hidden, config.has_mean
-            )
+        return AttentionBody(
+            query_dim, value_dim, config.num_heads, config.query_hidden, config.has_mean
         )
-    return HistoryEncoder(PoolBody(value_dim, config.hidden, config.kind == "sum"))
+    if isinstance(config, PoolConfig):
+        return PoolBody(value_dim, config.hidden, config.kind == "sum")
+    if isinstance(config, DinUnitConfig):
+        return DinBody(query_dim, value_dim, config.hidden, config.activation, config.has_softmax)
+    if isinstance(config, TransformerConfig):
+        return TransformerBody(
+            query_dim, value_dim, config.width, config.num_heads, config.num_layers, config.dropout
+        )
+    if config.kind == "augru":
+        return AugruBody(query_dim, value_dim, config.hidden)
+    return GruBody(value_dim, config.hidden)

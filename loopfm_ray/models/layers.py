@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loopfm_ray.models.activations import Activation, build_activation
+
 __all__ = [
     "CrossNet",
     "Groups",
@@ -25,20 +27,27 @@ _MASKED = -1e4
 
 
 class Mlp(nn.Module):
-    """Linear layers with a ReLU after each; `forward_all` gives every hidden layer."""
+    """Linear layers with an activation after each; `forward_all` gives every hidden layer."""
 
-    def __init__(self, in_dim: int, hidden: Sequence[int], dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: Sequence[int],
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
         dims = [in_dim, *hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.activations = nn.ModuleList(build_activation(activation, width) for width in hidden)
         self.dropout = dropout
         self.out_dim = dims[-1]
 
     def forward_all(self, x: Tensor) -> list[Tensor]:
         """Return [B, hidden[k]] for every layer k from x [B, in_dim]."""
         outputs = []
-        for layer in self.layers:
-            x = torch.relu(layer(x))
+        for layer, activation in zip(self.layers, self.activations, strict=True):
+            x = activation(layer(x))
             if self.dropout:
                 x = functional.dropout(x, self.dropout, self.training)
             outputs.append(x)

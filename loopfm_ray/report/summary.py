@@ -135,6 +135,7 @@ class Channel:
     bits: int | None = None
     variance_explained: dict[str, float | None] = field(default_factory=dict)
     share_zero_codes: float | None = None
+    probe_logloss: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

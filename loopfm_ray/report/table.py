@@ -1,6 +1,6 @@
 """The summary of a run as a table for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich import box
@@ -20,7 +20,7 @@ from loopfm_ray.report.words import (
     pretty_name,
 )
 
-__all__ = ["write_table"]
+__all__ = ["write_cells", "write_table"]
 
 _PLAIN_WIDTH = 140
 _SERVED = "vm_kd_loopfm"
@@ -33,8 +33,37 @@ def write_table(summary: Mapping[str, Any], stream: TextIO) -> None:
         DataError: a demanded key of the summary is missing or a value has the wrong type.
     """
     record = read_summary(summary)
+    _console(stream).print(_layout(record, is_terminal=stream.isatty()))
+
+
+def write_cells(summary: Mapping[str, Any], stream: TextIO) -> None:
+    """Write the cells of an experiment's summary to `stream`, one line each."""
+    table = _table(("variant", "model", "arm"), stream.isatty())
+    for name in ("AUC", "sd", "NE", "AUC over KD", "p", "transfer ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in summary["cells"]:
+        versus = cell.get(f"vs_{summary['roles']['kd']}")
+        names = (_clean(cell[key]) for key in ("variant", "model", "arm"))
+        values = (
+            format_number(cell["mean"]["auc"]),
+            format_number(cell["sd"].get("auc")),
+            format_number(cell["mean"]["ne"]),
+            "" if versus is None else format_share(versus["auc_relative"]),
+            "" if versus is None else format_small(versus["auc"]["p"]),
+            format_share(cell["transfer_ratio"]),
+        )
+        table.add_row(*(Text(value) for value in (*names, *values)))
+    console = _console(stream)
+    console.print(table)
+    for name in ("relative_auc_gain_over_kd", "transfer_ratio", "transfer_ratio_over_kd"):
+        value = summary[name]
+        shown = format_number(value, 2) if name == "transfer_ratio_over_kd" else format_share(value)
+        console.print(Text(f"{name.replace('_', ' ')}: {shown}"))
+
+
+def _console(stream: TextIO) -> Console:
     is_terminal = stream.isatty()
-    console = Console(
+    return Console(
         file=stream,
         force_terminal=is_terminal,
         no_color=None if is_terminal else True,
@@ -43,7 +72,15 @@ def write_table(summary: Mapping[str, Any], stream: TextIO) -> None:
         emoji=False,
         markup=False,
     )
-    console.print(_layout(record, is_terminal=is_terminal))
+
+
+def _table(columns: Sequence[str], is_terminal: bool) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    return table
 
 
 def _layout(summary: Summary, *, is_terminal: bool) -> RenderableType:
@@ -59,10 +96,7 @@ def _layout(summary: Summary, *, is_terminal: bool) -> RenderableType:
 
 
 def _models(summary: Summary, *, is_terminal: bool) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    table.add_column("model", no_wrap=True)
+    table = _table(("model",), is_terminal)
     for name in ("NE", "AUC", "gAUC", "calibration", "transfer ratio", "parameters", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in model_order(list(summary.models)):

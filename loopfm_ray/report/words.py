@@ -53,6 +53,7 @@ DEFINITIONS = {
     "Coverage": "Share of requests whose user has at least one visible event.",
     "Staleness": "Age of the newest visible event at the time of the request.",
     "Variance explained": "1 - squared error / variance, of the FM embedding rebuilt from what is kept.",
+    "Probe": "Logloss, in nats, of a logistic regression of the label on what is kept at a step, on rows that it did not see; `none` is the mean label, `fm` the FM itself.",
     "Audit": "Joined rows computed again, slowly and independently, from the prepared data and the stored latents. A leak is a value that was not visible.",
     "Margin": "How long before the request an entry of its history could first be read: request_ts - available_ts. Never negative.",
     "Parity": "Largest absolute difference between the served score and the offline score of the same request and item.",

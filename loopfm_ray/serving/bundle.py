@@ -26,14 +26,16 @@ from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.vocabulary import Vocabulary
 from loopfm_ray.errors import BundleError, ConfigError, LoopFMError
 from loopfm_ray.metrics.calibration import PlattScaling
-from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
+from loopfm_ray.models.history_inputs import RawHistoryConfig
+from loopfm_ray.models.registry import AnyVmConfig, build_vm, read_vm_config
+from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
 from loopfm_ray.store.space import Space
 
-__all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle"]
+__all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle", "why_not_servable"]
 
 FORMAT_VERSION = 1
 _SPEC, _WEIGHTS = "bundle.json", "model.safetensors"
@@ -92,6 +94,26 @@ class HistoryPin:
         }
 
 
+def why_not_servable(vm: AnyVmConfig) -> str | None:
+    """Return what keeps a VM from being served: an input that neither a request nor the online store gives; or None."""
+    if vm.reads_teacher_latent:
+        return "reads the FM's latent of the row itself, which takes a live FM"
+    for name, history in vm.history.sorted():
+        if isinstance(history, RawHistoryConfig):
+            return f"reads the raw history {name!r}, and the online store holds latents only"
+        if history.source != "latent":
+            return (
+                f"reads the history {name!r} by {list(history.key)}, and the online store holds"
+                " those of users only"
+            )
+        if history.side.columns:
+            return (
+                f"reads {list(history.side.columns)} of the events of history {name!r}, and the online"
+                " store holds times and latents only"
+            )
+    return None
+
+
 @dataclass(frozen=True)
 class BundleSpec:
     """What a VM is, beside its weights.
@@ -101,7 +123,7 @@ class BundleSpec:
     """
 
     name: str
-    vm: VmConfig
+    vm: AnyVmConfig
     schema: FeatureSchema
     calibration: PlattScaling = field(default_factory=PlattScaling)
     history: HistoryPin | None = None
@@ -109,15 +131,15 @@ class BundleSpec:
     sequence_len: int = 50
 
     def __post_init__(self) -> None:
-        kind = self.vm.history.kind
-        if kind not in ("none", "latent"):
+        reason = why_not_servable(self.vm)
+        if reason is not None:
             raise BundleError(
-                f"VM {self.name!r} reads a {kind!r} history, which the online store does not hold; serve a VM"
-                " with history.kind latent or none"
+                f"VM {self.name!r} {reason}; serve a VM that reads the users' latents, or no history"
             )
-        if (kind == "latent") != (self.history is not None):
+        sources = sorted(self.vm.history.sources)
+        if bool(sources) != (self.history is not None):
             raise BundleError(
-                f"VM {self.name!r} has history.kind {kind!r} and a history pin {self.history is not None};"
+                f"VM {self.name!r} reads the histories {sources} and has a history pin: {self.history is not None};"
                 " give the pin of the joined set exactly when the VM reads latents"
             )
         context = {item.name for item in self.schema.of(Kind.CATEGORICAL, Side.CONTEXT)}
@@ -260,7 +282,7 @@ def read_spec(tree: dict[str, Any]) -> BundleSpec:
     pin = tree["history"]
     return BundleSpec(
         name=tree["name"],
-        vm=VmConfig.model_validate(tree["vm"]),
+        vm=read_vm_config(tree["vm"]),
         schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
         calibration=PlattScaling(**tree["calibration"]),
         history=None if pin is None else HistoryPin.of_meta(pin),

@@ -62,7 +62,7 @@ __all__ = [
     "write_manifest",
 ]
 
-_KINDS = ("prepared", "snapshot", "latents", "joined", "vm", "bundle", "run", "online")
+_KINDS = ("prepared", "fm", "snapshot", "latents", "joined", "vm", "bundle", "run", "online")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """From events to what is stored of them: the FM's embedding, its latent, and the FM's prediction."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Batch
-from loopfm_ray.models.bottleneck import EmbeddingChunk
+from loopfm_ray.models.fitting import EmbeddingChunk
 from loopfm_ray.models.foundation import FoundationModel
 from loopfm_ray.train.snapshot import Snapshot
 
@@ -42,7 +42,7 @@ class Embedder:
         """Return latents and predictions of a batch."""
         spec = self.snapshot.spec
         output = self._fm(batch.to(self._device))
-        latent = self._bottleneck.encode(output.layers[spec.embedding_layer])
+        latent = self._bottleneck.encode(output.embedding(spec.embedding_layers))
         prob = torch.sigmoid(output.logit[:, 0]).float().cpu().numpy()
         return Embedded(latent.float().cpu().numpy(), prob)
 
@@ -56,16 +56,16 @@ def length_order(rows: Mapping[str, NDArray[Any]], max_len: int) -> NDArray[np.i
 
 
 def embedding_chunks(
-    fm: FoundationModel, layer: str, batches: Iterable[Batch]
+    fm: FoundationModel, layers: Sequence[str], batches: Iterable[Batch]
 ) -> Iterator[EmbeddingChunk]:
     """Yield embeddings and FM probabilities of batches: what a bottleneck is fitted on.
 
-    The first few also tell how sensitive the FM is to each number of the layer. Give the rows that will be stored
+    The first few also tell how sensitive the FM is to each number of the layers. Give the rows that will be stored
     (events), of the time that the FM was trained on.
     """
     fm.eval()
     for index, batch in enumerate(batches):
-        slopes = fm.sensitivity(batch, layer) if index < _SENSITIVITY_BATCHES else None
+        slopes = fm.sensitivity(batch, layers) if index < _SENSITIVITY_BATCHES else None
         with torch.no_grad():
             output = fm(batch)
-        yield EmbeddingChunk(output.layers[layer], torch.sigmoid(output.logit[:, 0]), slopes)
+        yield EmbeddingChunk(output.embedding(layers), torch.sigmoid(output.logit[:, 0]), slopes)

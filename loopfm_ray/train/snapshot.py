@@ -4,11 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loopfm_ray.config import config_hash
@@ -20,11 +18,11 @@ from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
-from loopfm_ray.train.curves import write_curves
+from loopfm_ray.train.weights import FM_WEIGHTS, FmSpec, load_weights, save_weights
 
 __all__ = ["Snapshot", "SnapshotSpec", "load_snapshot", "save_snapshot"]
 
-_FM, _BOTTLENECK, _SPEC = "fm.safetensors", "bottleneck.safetensors", "snapshot.json"
+_BOTTLENECK, _SPEC = "bottleneck.safetensors", "snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -40,20 +38,39 @@ class SnapshotSpec:
     """Events of the raw history that the FM reads."""
     fm: FmConfig
     bottleneck: BottleneckConfig
-    embedding_layer: str
-    """The FM layer that the bottleneck shortens."""
+    embedding_layers: tuple[str, ...]
+    """The FM layers that are the FM embedding, side by side."""
     code_spec: CodeSpec
+
+    @classmethod
+    def of(
+        cls,
+        fm: FmSpec,
+        bottleneck: BottleneckConfig,
+        embedding_layers: tuple[str, ...],
+        code_spec: CodeSpec,
+    ) -> "SnapshotSpec":
+        """Return the spec of a trained FM with a bottleneck."""
+        return cls(
+            fm.trained_until_ts,
+            fm.schema,
+            fm.item_fields,
+            fm.max_len,
+            fm.fm,
+            bottleneck,
+            embedding_layers,
+            code_spec,
+        )
 
     def to_tree(self) -> dict[str, Any]:  # Any: JSON
         """Return the spec as a JSON tree."""
+        fm = FmSpec(
+            self.trained_until_ts, self.schema, self.item_fields, self.max_len, self.fm
+        ).to_tree()
         return {
-            "trained_until_ts": self.trained_until_ts,
-            "schema": json.loads(self.schema.to_json()),
-            "item_fields": list(self.item_fields),
-            "max_len": self.max_len,
-            "fm": self.fm.model_dump(mode="json"),
+            **fm,
             "bottleneck": self.bottleneck.model_dump(mode="json"),
-            "embedding_layer": self.embedding_layer,
+            "embedding_layers": list(self.embedding_layers),
             "code_spec": self.code_spec.to_tree(),
         }
 
@@ -65,15 +82,11 @@ class SnapshotSpec:
             StoreError: the tree is no snapshot spec.
         """
         try:
-            return cls(
-                trained_until_ts=int(tree["trained_until_ts"]),
-                schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
-                item_fields=tuple(tree["item_fields"]),
-                max_len=int(tree["max_len"]),
-                fm=FmConfig.model_validate(tree["fm"]),
-                bottleneck=BottleneckConfig.model_validate(tree["bottleneck"]),
-                embedding_layer=str(tree["embedding_layer"]),
-                code_spec=CodeSpec.from_tree(tree["code_spec"]),
+            return cls.of(
+                FmSpec.from_tree(tree),
+                BottleneckConfig.model_validate(tree["bottleneck"]),
+                tuple(tree["embedding_layers"]),
+                CodeSpec.from_tree(tree["code_spec"]),
             )
         except (KeyError, TypeError, ValueError, LoopFMError) as error:
             raise StoreError(f"not a snapshot spec: {error}; write it with to_tree") from error
@@ -104,25 +117,22 @@ def save_snapshot(
     settings_hash: str = "",
     record: Mapping[str, Any] | None = None,  # Any: JSON
     num_rows: int = 0,
-    curves: str = "",
 ) -> Manifest:
     """Write a snapshot as a version of kind `snapshot`, in place of another one there.
 
     Args:
         snapshot: what to write.
         location: its final name, a directory or an `s3://` address.
-        inputs: versions it was trained on, by name.
-        settings_hash: of all settings that shaped the training; that of the model's configs if not given.
+        inputs: versions it was made from, by name.
+        settings_hash: of all settings that shaped it; that of the model's configs if not given.
         record: JSON to keep with it, such as its speed and the channel report.
-        num_rows: rows it was trained on.
-        curves: its learning curves, as `write_curves` takes them.
+        num_rows: rows that the FM was trained on.
     """
-    tree = {"format_version": 1, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
+    tree = {"format_version": 2, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
     with stage(location) as staged:
-        _save_weights(snapshot.fm, staged / _FM)
-        _save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
+        save_weights(snapshot.fm, staged / FM_WEIGHTS)
+        save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True), encoding="utf-8")
-        write_curves(staged, curves)
         return commit(
             staged,
             kind="snapshot",
@@ -131,7 +141,7 @@ def save_snapshot(
             meta={
                 "snapshot_id": snapshot.snapshot_id,
                 "trained_until_ts": snapshot.spec.trained_until_ts,
-                "embedding_layer": snapshot.spec.embedding_layer,
+                "embedding_layers": list(snapshot.spec.embedding_layers),
                 "code_spec": snapshot.spec.code_spec.to_tree(),
                 "record": dict(record or {}),
             },
@@ -152,13 +162,9 @@ def load_snapshot(location: Location) -> Snapshot:
     tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
     spec = SnapshotSpec.from_tree(tree)
     fm = build_fm(spec.fm, spec.schema, spec.item_fields)
-    bottleneck = build_bottleneck(spec.bottleneck, fm.layer_dim(spec.embedding_layer))
-    for model, name in ((fm, _FM), (bottleneck, _BOTTLENECK)):
-        try:
-            model.load_state_dict(load_file(directory / name))
-        except RuntimeError as error:
-            raise StoreError(f"{directory / name} does not fit its spec: {error}") from error
-        model.eval()
+    bottleneck = build_bottleneck(spec.bottleneck, fm.embedding_dim(spec.embedding_layers))
+    load_weights(fm, directory / FM_WEIGHTS)
+    load_weights(bottleneck, directory / _BOTTLENECK)
     return Snapshot(fm, bottleneck, spec, tree["snapshot_id"], version.manifest.version)
 
 
@@ -169,10 +175,3 @@ def _identify(fm: nn.Module, bottleneck: nn.Module, spec: SnapshotSpec) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
-        path,
-    )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from loopfm_ray.data.collate import Batch
-from loopfm_ray.distill.losses import normalise, weighted_bce_sum
+from loopfm_ray.distill.hints import HintedOutput
+from loopfm_ray.distill.losses import normalise, weighted_bce_sum, weighted_mse_sum
 from loopfm_ray.errors import DataError
 from loopfm_ray.models.foundation import FmOutput
 
@@ -39,21 +40,28 @@ class Workers:
 
 
 def make_objective(
-    model: nn.Module, *, kd_weight: float = 0.0, workers: Workers | None = None
+    model: nn.Module,
+    *,
+    kd_weight: float = 0.0,
+    hint_weight: float = 0.0,
+    workers: Workers | None = None,
 ) -> Objective:
-    """Return the objective of an FM or a VM: cross entropy summed over tasks, plus `kd_weight` times the KD loss.
+    """Return the objective of an FM or a VM: cross entropy summed over tasks, and what follows the teacher.
 
-    The KD loss compares the first task with `Batch.teacher_prob`.
+    The KD loss compares the first task with `Batch.teacher_prob`, the hint loss the hint of a `HintedVm` with
+    `Batch.teacher_latent`.
 
     Args:
-        model: gives [B, T] logits or an `FmOutput`; may be wrapped for data parallelism.
+        model: gives [B, T] logits, an `FmOutput` or a `HintedOutput`; may be wrapped for data parallelism.
         kd_weight: weight of the KD loss; 0 leaves it out.
+        hint_weight: weight of the hint loss; 0 leaves it out.
         workers: data parallelism; none is a single worker.
     """
     shared = workers or Workers()
 
     def objective(batch: Batch) -> StepLoss:
-        logit = _logits(model(batch))
+        output = model(batch)
+        logit = _logits(output)
         weight = torch.ones_like(logit[:, 0])
         total = torch.stack(
             [
@@ -62,13 +70,9 @@ def make_objective(
             ]
         ).sum()
         if kd_weight:
-            if batch.teacher_prob is None:
-                raise DataError(
-                    "kd_weight needs teacher predictions, found none; train on a joined set, or set"
-                    " kd_weight to 0"
-                )
-            kd_sum, _ = weighted_bce_sum(logit[:, 0], batch.teacher_prob, weight)
-            total = total + kd_weight * kd_sum
+            total = total + kd_weight * _kd_sum(logit[:, 0], batch, weight)
+        if hint_weight:
+            total = total + hint_weight * _hint_sum(output, batch, weight)
         num_rows = shared.count_rows(len(batch.label))
         total = normalise(total, num_rows, shared.world_size)
         return StepLoss(total, logit[:, 0].detach(), batch.label[:, 0])
@@ -81,5 +85,24 @@ def first_logit(model: nn.Module, batch: Batch) -> Tensor:
     return _logits(model(batch))[:, 0]
 
 
-def _logits(output: Tensor | FmOutput) -> Tensor:
-    return output.logit if isinstance(output, FmOutput) else output
+def _logits(output: Tensor | FmOutput | HintedOutput) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logit
+
+
+def _kd_sum(logit: Tensor, batch: Batch, weight: Tensor) -> Tensor:
+    if batch.teacher_prob is None:
+        raise DataError(
+            "kd_weight needs teacher predictions, found none; train on a joined set, or set"
+            " kd_weight to 0"
+        )
+    return weighted_bce_sum(logit, batch.teacher_prob, weight)[0]
+
+
+def _hint_sum(output: Tensor | FmOutput | HintedOutput, batch: Batch, weight: Tensor) -> Tensor:
+    if batch.teacher_latent is None or not isinstance(output, HintedOutput):
+        found = type(output).__name__ if batch.teacher_latent is not None else "no latents"
+        raise DataError(
+            "hint_weight needs a HintedVm and the rows' own latents, found"
+            f" {found}; train on a joined set that holds them, or leave fitnets out"
+        )
+    return weighted_mse_sum(output.hint, batch.teacher_latent, weight)[0]

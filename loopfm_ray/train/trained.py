@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.metrics.calibration import PlattScaling
-from loopfm_ray.models.vertical import VerticalModel, VmConfig, build_vm
+from loopfm_ray.models.registry import AnyVmConfig, build_vm, read_vm_config
+from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
@@ -29,7 +30,7 @@ class TrainedVm:
     """A VM with its calibration and the record of its training."""
 
     model: VerticalModel
-    config: VmConfig
+    config: AnyVmConfig
     schema: FeatureSchema
     item_fields: tuple[str, ...]
     """Columns of the raw history that it reads; empty when it reads none."""
@@ -88,7 +89,7 @@ def load_trained_vm(location: Location) -> TrainedVm:
     verify(directory)
     try:
         tree = json.loads((directory / _SPEC).read_text(encoding="utf-8"))
-        config = VmConfig.model_validate(tree["vm"])
+        config = read_vm_config(tree["vm"])
         schema = FeatureSchema.from_json(json.dumps(tree["schema"]))
         item_fields = tuple(tree["item_fields"])
         model = build_vm(config, schema, item_fields, tree["latent_dim"])

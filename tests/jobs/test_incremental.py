@@ -14,7 +14,8 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import StoreError
 from loopfm_ray.jobs import materialize as job
 from loopfm_ray.jobs.materialize import Scope, ShardEmbedder, materialize
-from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck, calibrate
+from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck
+from loopfm_ray.models.fitting import calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.store.compact import compact, expire
 from loopfm_ray.store.manifest import read_manifest, verify
@@ -51,7 +52,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     fm = build_fm(FmConfig(embed_dim=3, history_dim=4, hidden=(6, 5)), schema, ("item", "category"))
     shape = BottleneckConfig(latent_dim=4, prefixes=(2, 4))
-    bottleneck = build_bottleneck(shape, fm.layer_dim("hidden_0"))
+    bottleneck = build_bottleneck(shape, fm.embedding_dim(["hidden_0"]))
     spec = SnapshotSpec(
         trained_until_ts=world.FM_STOP - 1,
         schema=schema,
@@ -59,8 +60,8 @@ def base(tmp_path_factory):
         max_len=5,
         fm=FmConfig(embed_dim=3, history_dim=4, hidden=(6, 5)),
         bottleneck=shape,
-        embedding_layer="hidden_0",
-        code_spec=calibrate(bottleneck, torch.randn(50, fm.layer_dim("hidden_0")), 4),
+        embedding_layers=("hidden_0",),
+        code_spec=calibrate(bottleneck, torch.randn(50, fm.embedding_dim(["hidden_0"])), 4),
     )
     save_snapshot(Snapshot(fm.eval(), bottleneck.eval(), spec), root / "snapshot", inputs={})
     return root, config, log

@@ -18,7 +18,8 @@ from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import HistoryStageConfig, PipelineConfig
 from loopfm_ray.jobs import materialize as job
 from loopfm_ray.jobs import pipeline, stages
-from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck, calibrate
+from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck
+from loopfm_ray.models.fitting import calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.store.manifest import read_manifest, verify
 from loopfm_ray.store.offline import LatentsWriter
@@ -82,11 +83,13 @@ class Run:
         torch.manual_seed(0)
         fm = build_fm(FM, schema, NAMES)
         shape = BottleneckConfig(latent_dim=4, prefixes=(2, 4))
-        bottleneck = build_bottleneck(shape, fm.layer_dim("hidden_0"))
-        code = calibrate(bottleneck, torch.randn(50, fm.layer_dim("hidden_0")), 4)
+        bottleneck = build_bottleneck(shape, fm.embedding_dim(["hidden_0"]))
+        code = calibrate(bottleneck, torch.randn(50, fm.embedding_dim(["hidden_0"])), 4)
         until_ts = world.FM_STOP - 1
-        spec = SnapshotSpec(until_ts, schema, NAMES, 5, FM, shape, "hidden_0", code)
-        save_snapshot(Snapshot(fm.eval(), bottleneck.eval(), spec), self.paths.fm(0), inputs={})
+        spec = SnapshotSpec(until_ts, schema, NAMES, 5, FM, shape, ("hidden_0",), code)
+        save_snapshot(
+            Snapshot(fm.eval(), bottleneck.eval(), spec), self.paths.snapshot(0), inputs={}
+        )
 
 
 def day(number):

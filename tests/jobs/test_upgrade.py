@@ -16,7 +16,8 @@ from loopfm_ray.jobs.materialize import ShardEmbedder, materialize
 from loopfm_ray.jobs.stages import export_bundle
 from loopfm_ray.jobs.upgrade import share_target, upgrade
 from loopfm_ray.metrics.calibration import PlattScaling
-from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck, calibrate
+from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck
+from loopfm_ray.models.fitting import calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.serving.bundle import load_bundle, save_bundle
 from loopfm_ray.serving.contract import ScoreQuery
@@ -71,10 +72,10 @@ def write_snapshot(prepared, path, trained_until_ts, seed=0):
     shape = BottleneckConfig(latent_dim=4, prefixes=(2, 4))
     config = FmConfig(embed_dim=3, history_dim=4, hidden=(6, 5))
     fm = build_fm(config, schema, ("item", "category"))
-    bottleneck = build_bottleneck(shape, fm.layer_dim("hidden_0"))
-    code_spec = calibrate(bottleneck, torch.randn(50, fm.layer_dim("hidden_0")), 4)
+    bottleneck = build_bottleneck(shape, fm.embedding_dim(["hidden_0"]))
+    code_spec = calibrate(bottleneck, torch.randn(50, fm.embedding_dim(["hidden_0"])), 4)
     spec = SnapshotSpec(
-        trained_until_ts, schema, ("item", "category"), 5, config, shape, "hidden_0", code_spec
+        trained_until_ts, schema, ("item", "category"), 5, config, shape, ("hidden_0",), code_spec
     )  # fmt: skip
     save_snapshot(Snapshot(fm.eval(), bottleneck.eval(), spec), path, inputs={})
 
@@ -88,7 +89,7 @@ def runs(tmp_path):
     old.paths.config.write_text(dump_yaml(old))
     new = pipeline(tmp_path, "new")
     shutil.copytree(old.paths.prepared, new.paths.prepared)
-    write_snapshot(PreparedData.open(new.paths.prepared), new.paths.fm(0), NEW_UNTIL)
+    write_snapshot(PreparedData.open(new.paths.prepared), new.paths.snapshot(0), NEW_UNTIL)
     return old, new
 
 
@@ -181,7 +182,7 @@ def test_training_extends_the_window_and_takes_its_shards_over(runs):
     upgrade(short, old.paths.root)
     window = read_manifest(new.paths.latents(0))
     whole = materialize(
-        new.paths.prepared, new.paths.fm(0), new.paths.latents(0),
+        new.paths.prepared, new.paths.snapshot(0), new.paths.latents(0),
         delay_us=new.history.delay_us, num_workers=1,
     )  # fmt: skip
     assert whole.record["num_reused"] == len(window.files) - 1
@@ -231,8 +232,8 @@ def test_what_can_not_be_upgraded_is_refused_before_anything_is_written(runs, tm
         upgrade(elsewhere, old.paths.root)
     shared, _ = share_target(new, old.paths.root)
     assert share_target(shared, old.paths.root)[0] == shared
-    shutil.rmtree(new.paths.fm(0))
-    with pytest.raises(StoreError, match="loopfm train-fm"):
+    shutil.rmtree(new.paths.snapshot(0))
+    with pytest.raises(StoreError, match="loopfm compress"):
         upgrade(new, old.paths.root)
     assert not new.paths.latents(0).exists()
     assert len(live_spaces(old.online_target)) == 1

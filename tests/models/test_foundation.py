@@ -15,11 +15,23 @@ def test_layers_are_named_and_as_wide_as_said():
     fm = build_fm(SMALL, SCHEMA, ITEM_FIELDS)
     out = fm(make_batch())
     assert out.logit.shape == (12, 2)
-    assert fm.layer_names == ("embedding", "hidden_0", "hidden_1") == tuple(out.layers)
+    assert fm.layer_names == ("embedding", "sequence", "hidden_0", "hidden_1") == tuple(out.layers)
     for name, layer in out.layers.items():
-        assert layer.shape == (12, fm.layer_dim(name))
-    with pytest.raises(ConfigError, match="hidden_9"):
-        fm.layer_dim("hidden_9")
+        assert layer.shape == (12, fm.embedding_dim([name]))
+    chosen = ("hidden_1", "embedding")
+    want = torch.cat([out.layers["hidden_1"], out.layers["embedding"]], -1)
+    assert torch.equal(out.embedding(chosen), want)
+    assert want.shape[1] == fm.embedding_dim(chosen)
+    for names in (["hidden_9"], []):
+        with pytest.raises(ConfigError, match="embedding_layers"):
+            fm.embedding_dim(names)
+
+
+def test_the_sequence_layer_is_the_end_of_the_embedding():
+    torch.manual_seed(0)
+    out = build_fm(SMALL, SCHEMA, ITEM_FIELDS)(make_batch())
+    sequence = out.layers["sequence"]
+    assert torch.equal(sequence, out.layers["embedding"][:, -sequence.shape[1] :])
 
 
 @pytest.mark.parametrize("schema", [BARE_SCHEMA, NUMERIC_SCHEMA])
@@ -58,7 +70,7 @@ def test_a_missing_history_is_an_error():
 def test_no_cross_layers_and_no_hidden_layers():
     config = SMALL.model_copy(update={"cross_layers": 0, "hidden": ()})
     fm = build_fm(config, SCHEMA, ITEM_FIELDS)
-    assert fm.layer_names == ("embedding",)
+    assert fm.layer_names == ("embedding", "sequence")
     assert fm(make_batch()).logit.shape == (12, 2)
 
 
@@ -76,17 +88,25 @@ def test_sensitivity_is_the_mean_square_slope():
         out = fm(batch)
         (slope,) = torch.autograd.grad(out.logit[:, 0].sum(), out.layers[layer])
         with torch.no_grad():  # it needs no outer graph
-            torch.testing.assert_close(fm.sensitivity(batch, layer), slope.square().mean(0))
+            torch.testing.assert_close(fm.sensitivity(batch, [layer]), slope.square().mean(0))
     assert all(parameter.grad is None for parameter in fm.parameters())
     with pytest.raises(ConfigError):
-        fm.sensitivity(batch, "hidden_9")
+        fm.sensitivity(batch, ["hidden_9"])
+
+
+def test_sensitivity_of_several_layers_is_that_of_each():
+    torch.manual_seed(0)
+    fm, batch = build_fm(SMALL, SCHEMA, ITEM_FIELDS), make_batch()
+    layers = ("hidden_1", "embedding", "sequence")
+    want = torch.cat([fm.sensitivity(batch, [layer]) for layer in layers])
+    torch.testing.assert_close(fm.sensitivity(batch, layers), want)
 
 
 def test_sensitivity_of_a_field_takes_its_way_through_the_query_along():
     torch.manual_seed(0)
     fm, batch = build_fm(SMALL, SCHEMA, ITEM_FIELDS), make_batch()
-    found = fm.sensitivity(batch, "embedding")
-    assert found.shape == (fm.layer_dim("embedding"),)
+    found = fm.sensitivity(batch, ["embedding"])
+    assert found.shape == (fm.embedding_dim(["embedding"]),)
     assert not bool(found[fm.features.numeric_columns].any())
     # By finite differences in one column of the item's embedding, shifted for the candidate alone.
     column, step = 4, 1e-3
@@ -97,8 +117,7 @@ def test_sensitivity_of_a_field_takes_its_way_through_the_query_along():
         moved[:, column] += shift
         history = batch.histories["raw"]
         values = fm.events(fm.features.embeddings, history.item_ids)
-        embedding = torch.cat([moved, fm.encoder(moved, values, history)], -1)
-        return fm._score(embedding).logit[:, 0]
+        return fm._score([moved, fm.encoder(moved, values, history)]).logit[:, 0]
 
     slope = (logit(step) - logit(-step)) / (2 * step)
     assert found[column].item() == pytest.approx(slope.square().mean().item(), rel=0.02)
@@ -106,5 +125,5 @@ def test_sensitivity_of_a_field_takes_its_way_through_the_query_along():
 
 def test_sensitivity_of_numbers_alone_is_zero():
     fm, batch = build_fm(SMALL, NUMERIC_SCHEMA), make_batch(schema=NUMERIC_SCHEMA)
-    assert fm.sensitivity(batch, "embedding").tolist() == [0.0]
-    assert bool(fm.sensitivity(batch, "hidden_0").any())
+    assert fm.sensitivity(batch, ["embedding"]).tolist() == [0.0]
+    assert bool(fm.sensitivity(batch, ["hidden_0"]).any())

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from loopfm_ray.errors import ConfigError, ShapeError
-from loopfm_ray.models.histories import AttentionConfig, PoolConfig, age_features
-from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig, build_vm
-from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, make_batch
+from loopfm_ray.models.dnn import DnnConfig
+from loopfm_ray.models.histories import AttentionConfig, PoolConfig
+from loopfm_ray.models.registry import build_vm
+from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch
 
 
 def build(seed=0, **history):
     torch.manual_seed(seed)
-    config = VmConfig(embed_dim=3, hidden=(6, 5), history=HistoryInputConfig(**history))
+    config = DnnConfig(embed_dim=3, hidden=(6, 5), history=histories(**history))
     model = build_vm(config, SCHEMA, ITEM_FIELDS, LATENT_DIM)
-    for encoder in model.encoders.values():
-        encoder.missing.data.normal_()
+    for name in model.histories.names:
+        model.histories.encoder(name).missing.data.normal_()
     return model
 
 
@@ -40,7 +41,7 @@ def test_rows_without_history_get_the_learnt_default(kind):
     is_missing = ~batch.histories[kind].mask.any(1)[batch.histories[kind].row]
     assert 0 < int(is_missing.sum()) < 12
     before = model(batch)
-    model.encoders[kind].missing.data.add_(1.0)
+    model.histories.encoder(kind).missing.data.add_(1.0)
     is_same = torch.isclose(model(batch), before).all(1)
     assert torch.equal(is_same, ~is_missing)
 
@@ -48,7 +49,7 @@ def test_rows_without_history_get_the_learnt_default(kind):
 def test_a_batch_in_which_nobody_has_a_history_trains():
     model, batch = build(kind="latent"), make_batch(lengths=(0, 0, 0))
     model(batch).sum().backward()
-    assert bool(model.encoders["latent"].missing.grad.any())
+    assert bool(model.histories.encoder("latent").missing.grad.any())
     for parameter in model.parameters():
         assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all())
 
@@ -96,19 +97,15 @@ def test_raw_history_uses_the_tables_of_the_candidate():
     read = raw.row.unique()
     seen = set(raw.item_ids[read, :, 0][raw.mask[read]].tolist())
     assert all(bool(table.weight.grad[start + i].any()) for i in seen)
-    assert build(kind="raw", raw_dim=7).events.out_dim == 7
-    assert build(kind="raw", fields=("category",)).events.out_dim == 3
+    assert build(kind="raw", event_dim=7).histories.inputs[0].events.out_dim == 7
+    assert build(kind="raw", fields=("category",)).histories.inputs[0].events.out_dim == 3
 
 
 def test_unfit_configs_are_errors():
-    latent = VmConfig(history=HistoryInputConfig(kind="latent"))
-    wide = VmConfig(history=HistoryInputConfig(kind="latent", latent_dim=5))
-    with pytest.raises(ConfigError, match="width of the stored latents"):
-        build_vm(latent, SCHEMA)
-    with pytest.raises(ConfigError, match="at most the stored 4"):
-        build_vm(wide, SCHEMA, (), 4)
     with pytest.raises(ConfigError, match="raw history"):
-        build_vm(VmConfig(history=HistoryInputConfig(kind="raw")), SCHEMA)
+        build_vm(DnnConfig(history=histories("raw")), SCHEMA)
+    with pytest.raises(ConfigError, match="reads_teacher_latent needs"):
+        build_vm(DnnConfig(reads_teacher_latent=True), SCHEMA)
     batch = make_batch()
     short = with_history(batch, "latent", latents=batch.histories["latent"].latents[..., :3])
     model = build(kind="latent")
@@ -116,16 +113,17 @@ def test_unfit_configs_are_errors():
         model(short)
 
 
-def test_cross_layers_and_pooling_options():
-    config = VmConfig(
-        cross_layers=1, history=HistoryInputConfig(kind="latent", encoder=PoolConfig(hidden=9))
-    )
-    model = build_vm(config, SCHEMA, (), LATENT_DIM)
-    assert model(make_batch()).shape == (12, 2)
-
-
-def test_age_features_fall_with_age():
-    features = age_features(torch.tensor([[0.0, 86_400.0 * 7]]))
-    assert features.shape == (1, 2, 5)
-    assert features[0, 0].tolist() == [1, 0, 1, 1, 1]
-    assert features[0, 1, 2].item() == pytest.approx(0.367879, abs=1e-5)
+def test_the_rows_own_latent_is_read_where_it_is_asked_for():
+    config = DnnConfig(reads_teacher_latent=True)
+    model, batch = build_vm(config, SCHEMA, (), LATENT_DIM), make_batch()
+    batch.teacher_latent.requires_grad_()
+    out = model(batch)
+    out.sum().backward()
+    assert batch.teacher_latent.grad is None
+    other = replace(batch, teacher_latent=batch.teacher_latent.detach() + 1)
+    assert not torch.equal(model(other), out)
+    plain = build(kind="both")
+    assert torch.equal(plain(other), plain(batch))
+    for latent in (None, batch.teacher_latent[:, :3]):
+        with pytest.raises(ShapeError, match="live FM"):
+            model(replace(batch, teacher_latent=latent))

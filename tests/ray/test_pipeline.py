@@ -92,7 +92,8 @@ def test_every_version_is_whole_and_a_run_says_what_it_was_made_of(finished):
     config, _ = finished
     manifest = json.loads((config.paths.root / "manifest.json").read_text())
     paths = {"prepared": config.paths.prepared, "bundle": config.paths.bundle}
-    paths |= {"seed=0/fm": config.paths.fm(0), "seed=0/latents": config.paths.latents(0)}
+    paths |= {"seed=0/fm": config.paths.fm(0), "seed=0/snapshot": config.paths.snapshot(0)}
+    paths |= {"seed=0/latents": config.paths.latents(0)}
     for name, path in paths.items():
         verify(path)
         assert manifest["versions"][name] == read_manifest(path).version
@@ -186,6 +187,7 @@ def calm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calm")
     finish(start(folder, "prepare", *SMALL))
     finish(start(folder, "train-fm", *SMALL))
+    finish(start(folder, "compress", *SMALL))
     return folder
 
 
@@ -205,14 +207,16 @@ def test_a_killed_fm_training_goes_on_to_the_same_weights(calm, tmp_path):
     assert not (root / "seed=0/fm").exists()
     finish(start(tmp_path, "train-fm", *SMALL))
     found, expected = (read_manifest(folder / "seed=0/fm") for folder in (root, calm / "synthetic"))
-    assert found.meta["snapshot_id"] == expected.meta["snapshot_id"]
+    assert {entry.path: entry.sha256 for entry in found.files} == {
+        entry.path: entry.sha256 for entry in expected.files
+    }
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_killed_materialize_leaves_nothing_half_visible_and_goes_on(calm, tmp_path):
     finish(start(calm, "materialize", *SMALL))
-    root = copy_of(calm, tmp_path, "prepared", "seed=0/fm")
+    root = copy_of(calm, tmp_path, "prepared", "seed=0/snapshot")
     process = start(tmp_path, "materialize", *SMALL)
     kill_when(process, lambda: len(list(root.glob("seed=0/.latents.work-*/markers/*.json"))) >= 3)
     assert not (root / "seed=0/latents").exists()

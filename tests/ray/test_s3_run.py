@@ -59,6 +59,7 @@ def loopfm(server, verb, settings, home):
 def versions(config):
     paths = config.paths
     places = {"prepared": paths.prepared, "bundle": paths.bundle, "fm": paths.fm(0)}
+    places |= {"snapshot": paths.snapshot(0)}
     places |= {"latents": paths.latents(0), "joined": paths.joined(0)}
     places |= {name: paths.vm(0, name) for name in config.vms}
     return places

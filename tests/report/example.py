@@ -71,6 +71,13 @@ def example_summary(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
             "bits": 4,
             "variance_explained": {"latent": 0.914, "code": 0.886},
             "share_zero_codes": 0.142,
+            "probe_logloss": {
+                "none": 0.6931,
+                "embedding": 0.5412,
+                "latent": 0.5498,
+                "code": 0.5503,
+                "fm": 0.5307,
+            },
         },
         "history": {
             "coverage": 0.963,

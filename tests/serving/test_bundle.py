@@ -8,9 +8,10 @@ import torch
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError
-from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig
+from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.serving.bundle import load_bundle, read_spec, save_bundle, spec_tree
 from loopfm_ray.store.manifest import commit, read_manifest, stage
+from tests.model_inputs import histories
 from tests.serving.world import make_model
 
 
@@ -136,8 +137,8 @@ def test_parts_that_do_not_fit_together_are_refused(copy, change, message):
 
 @pytest.mark.parametrize("kind", ["raw", "both"])
 def test_a_vm_with_a_raw_history_can_not_be_served(world, kind):
-    vm = world.spec.vm.model_copy(update={"history": HistoryInputConfig(kind=kind)})
-    with pytest.raises(BundleError, match="does not hold"):
+    vm = world.spec.vm.model_copy(update={"history": histories(kind)})
+    with pytest.raises(BundleError, match="holds latents only"):
         replace(world.spec, vm=vm)
 
 
@@ -145,12 +146,12 @@ def test_a_pin_is_given_exactly_for_a_latent_history(world):
     with pytest.raises(BundleError, match="pin"):
         replace(world.spec, history=None)
     with pytest.raises(BundleError, match="pin"):
-        replace(world.spec, vm=VmConfig())
+        replace(world.spec, vm=DnnConfig())
 
 
 def test_weights_that_do_not_fit_or_are_not_finite_are_not_saved(world, tmp_path):
     prepared = PreparedData.open(world.prepared)
-    narrow = make_model(VmConfig(hidden=(4,)), world.spec.schema)
+    narrow = make_model(DnnConfig(hidden=(4,)), world.spec.schema)
     with pytest.raises(BundleError, match="do not fit"):
         save_bundle(tmp_path / "b", world.spec, narrow, prepared, {})
     broken = make_model(world.spec.vm, world.spec.schema, 10)

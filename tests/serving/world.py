@@ -20,13 +20,16 @@ from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.metrics.calibration import PlattScaling
-from loopfm_ray.models.vertical import HistoryInputConfig, VerticalModel, VmConfig, build_vm
+from loopfm_ray.models.dnn import DnnConfig
+from loopfm_ray.models.registry import AnyVmConfig, build_vm
+from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.store.publish import publish
 from loopfm_ray.types import MICROS_PER_DAY, MICROS_PER_S, TimeRange
+from tests.model_inputs import histories
 
 START = 1_704_067_200 * MICROS_PER_S
 """2024-01-01, a Monday."""
@@ -152,7 +155,7 @@ def write_latents(
     writer.finish(list(parts), watermark_ts=stop_ts)
 
 
-def make_model(config: VmConfig, schema, latent_dim: int | None = None) -> VerticalModel:
+def make_model(config: AnyVmConfig, schema, latent_dim: int | None = None) -> VerticalModel:
     """Return a VM with weights large enough that every input shows in the score."""
     torch.manual_seed(0)
     model = build_vm(config, schema, latent_dim=latent_dim)
@@ -177,7 +180,7 @@ def make_world(folder: Path, kind: str = "latent", fields=FIELDS) -> World:
     schema = prepared.schema_as_of(FM_STOP + 12 * MICROS_PER_DAY).select(fields)
     pin = HistoryPin.of_joined(joined) if kind == "latent" else None
     derive = tuple(name for name in ("hour", "weekday") if name in fields)
-    vm = VmConfig(hidden=(16, 8), history=HistoryInputConfig(kind=kind))
+    vm = DnnConfig(hidden=(16, 8), history=histories(kind))
     spec = BundleSpec("vm_loopfm", vm, schema, PlattScaling(1.2, -0.3), pin, derive)
     model = make_model(vm, schema, CODE.dim if pin else None)
     inputs = {"prepared": read_manifest(folder / "prepared").version}

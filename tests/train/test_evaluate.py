@@ -4,14 +4,15 @@ import torch
 
 from loopfm_ray.errors import MetricError
 from loopfm_ray.metrics.binary import auc, normalized_entropy
-from loopfm_ray.models.vertical import VmConfig, build_vm
+from loopfm_ray.models.dnn import DnnConfig
+from loopfm_ray.models.registry import build_vm
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
 from tests.model_inputs import SCHEMA, make_batch
 
 
 def test_predictions_are_in_row_order_and_leave_the_model_as_it_was():
     torch.manual_seed(0)
-    model = build_vm(VmConfig(dropout=0.5), SCHEMA).train()
+    model = build_vm(DnnConfig(dropout=0.5), SCHEMA).train()
     pairs = [(np.full(12, user), make_batch(seed=user)) for user in range(3)]
     result = predict(model, pairs)
     assert model.training
@@ -41,7 +42,7 @@ def test_no_user_with_both_labels_leaves_gauc_out():
 
 
 def test_no_rows_or_one_class_is_an_error():
-    model = build_vm(VmConfig(), SCHEMA)
+    model = build_vm(DnnConfig(), SCHEMA)
     with pytest.raises(MetricError, match="no rows"):
         predict(model, [])
     with pytest.raises(MetricError):

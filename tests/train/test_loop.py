@@ -8,22 +8,21 @@ import torch
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import DataError, StoreError
 from loopfm_ray.metrics.binary import BinarySums
+from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.foundation import FmConfig, build_fm
-from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig, build_vm
+from loopfm_ray.models.registry import build_vm
 from loopfm_ray.train.loop import Hooks, LoopConfig, Progress, fit, progress_records
 from loopfm_ray.train.optim import OptimConfig, build_optimizer
 from loopfm_ray.train.state import TrainState, load_state, save_state
 from loopfm_ray.train.step import Workers, make_objective
-from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, make_batch
+from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch
 
 OPTIM = OptimConfig(lr=0.01, warmup_steps=2)
 
 
 def make_state(seed=0, dropout=0.2):
     torch.manual_seed(seed)
-    config = VmConfig(
-        embed_dim=3, hidden=(6, 5), dropout=dropout, history=HistoryInputConfig(kind="latent")
-    )
+    config = DnnConfig(embed_dim=3, hidden=(6, 5), dropout=dropout, history=histories("latent"))
     model = build_vm(config, SCHEMA, (), LATENT_DIM)
     return TrainState(model, build_optimizer(OPTIM, model))
 
@@ -216,7 +215,7 @@ def test_a_bad_checkpoint_is_an_error(tmp_path):
     with pytest.raises(StoreError, match="can not be loaded"):
         load_state(state, tmp_path / "none")
     save_state(state, tmp_path / "ckpt")
-    model = build_vm(VmConfig(), FeatureSchema(SCHEMA.fields[:2]))
+    model = build_vm(DnnConfig(), FeatureSchema(SCHEMA.fields[:2]))
     other = TrainState(model, build_optimizer(OPTIM, model))
     with pytest.raises(StoreError, match="config"):
         load_state(other, tmp_path / "ckpt")

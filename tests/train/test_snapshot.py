@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from loopfm_ray.errors import StoreError
-from loopfm_ray.models.bottleneck import (
-    BottleneckConfig,
-    build_bottleneck,
-    calibrate,
-    fit_bottleneck,
-)
+from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck
+from loopfm_ray.models.fitting import calibrate, fit_bottleneck
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.train.embed import Embedder, embedding_chunks
@@ -26,8 +22,8 @@ BOTTLENECK = BottleneckConfig(latent_dim=4, prefixes=(2, 4))
 def snapshot():
     torch.manual_seed(0)
     fm = build_fm(FM, SCHEMA, ITEM_FIELDS)
-    bottleneck = build_bottleneck(BOTTLENECK, fm.layer_dim("hidden_0"))
-    chunks = list(embedding_chunks(fm, "hidden_0", [make_batch(50, seed=n) for n in range(4)]))
+    bottleneck = build_bottleneck(BOTTLENECK, fm.embedding_dim(["hidden_0"]))
+    chunks = list(embedding_chunks(fm, ["hidden_0"], [make_batch(50, seed=n) for n in range(4)]))
     fit_bottleneck(bottleneck, chunks)
     spec = SnapshotSpec(
         trained_until_ts=123,
@@ -36,7 +32,7 @@ def snapshot():
         max_len=5,
         fm=FM,
         bottleneck=BOTTLENECK,
-        embedding_layer="hidden_0",
+        embedding_layers=("hidden_0",),
         code_spec=calibrate(bottleneck, chunks[0].embedding, 4),
     )
     return Snapshot(fm.eval(), bottleneck.eval(), spec)

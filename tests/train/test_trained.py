@@ -3,14 +3,15 @@ import torch
 
 from loopfm_ray.errors import StoreError
 from loopfm_ray.metrics.calibration import PlattScaling
-from loopfm_ray.models.vertical import HistoryInputConfig, VmConfig, build_vm
+from loopfm_ray.models.dnn import DnnConfig
+from loopfm_ray.models.registry import build_vm
 from loopfm_ray.train.trained import TrainedVm, load_trained_vm, save_trained_vm
-from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, make_batch
+from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch
 
 
 def trained():
     torch.manual_seed(0)
-    config = VmConfig(embed_dim=3, hidden=(5,), history=HistoryInputConfig(kind="both"))
+    config = DnnConfig(embed_dim=3, hidden=(5,), history=histories("both"))
     model = build_vm(config, SCHEMA, ITEM_FIELDS, LATENT_DIM).eval()
     scaling, record = PlattScaling(0.9, 0.1), {"seconds": 1.5}
     return TrainedVm(model, config, SCHEMA, ITEM_FIELDS, LATENT_DIM, scaling, record)

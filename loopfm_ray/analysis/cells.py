@@ -1,0 +1,166 @@
+"""Put the evaluation records of an experiment together: a cell for each model, arm and variant, and what is compared."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loopfm_ray.analysis.significance import paired_test
+from loopfm_ray.errors import MetricError
+from loopfm_ray.metrics.transfer import relative_gain, transfer_ratio_first_launch
+
+__all__ = ["Cell", "Compared", "assemble_cells", "headline"]
+
+# Any below: JSON.
+Record = Mapping[str, Any]
+_COMPARED = ("auc", "ne")
+_SLICE_METRICS = ("auc", "ne", "gauc", "share")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The arms that others are measured against."""
+
+    baseline: str
+    kd: str
+    best: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model in one arm of one variant: its evaluation record and the FM's of every seed, in the order of the seeds."""
+
+    variant: str
+    model: str
+    arm: str
+    records: tuple[Record, ...]
+    fm: tuple[Record, ...]
+
+
+def assemble_cells(cells: Sequence[Cell], roles: Compared) -> list[dict[str, Any]]:
+    """Return the tree of every cell.
+
+    Keys: variant, model, arm, seeds, per_seed (test metrics), mean, sd, slices (means), num_parameters, train_rows_per_s,
+    transfer_ratio (mean over seeds, None where an FM does not beat the plain VM), transfer_ratio_per_seed, and
+    `vs_<arm>` for the arms of `roles.baseline` and `roles.kd`: for auc and ne the paired test over seeds of the
+    improvement (positive is better), and for auc the mean relative gain.
+    """
+    by_place = {(cell.variant, cell.model, cell.arm): cell for cell in cells}
+    return [_tree(cell, by_place, roles) for cell in cells]
+
+
+def headline(
+    trees: Sequence[Mapping[str, Any]], variant: str, roles: Compared
+) -> dict[str, float | None]:
+    """Return the figures that stand at the top of the summary, over all models of one variant.
+
+    `relative_auc_gain_over_kd`: mean over models and seeds of the best arm's relative AUC gain over the KD arm;
+    `max_p_over_kd`: the largest p of that comparison among the models; `transfer_ratio` of the best arm,
+    `transfer_ratio_kd`, both means over models, and `transfer_ratio_over_kd`, their quotient.
+    """
+    mine = [tree for tree in trees if tree["variant"] == variant]
+    best = [tree for tree in mine if tree["arm"] == roles.best]
+    kd = [tree for tree in mine if tree["arm"] == roles.kd]
+    versus = [tree.get(f"vs_{roles.kd}") for tree in best]
+    gains = [item["auc_relative"] for item in versus if item is not None]
+    ps = [item["auc"]["p"] for item in versus if item is not None]
+    ratio, of_kd = _mean_known(best, "transfer_ratio"), _mean_known(kd, "transfer_ratio")
+    return {
+        "relative_auc_gain_over_kd": statistics.fmean(gains) if gains else None,
+        "max_p_over_kd": max(ps) if ps and None not in ps else None,
+        "transfer_ratio": ratio,
+        "transfer_ratio_kd": of_kd,
+        "transfer_ratio_over_kd": ratio / of_kd if ratio is not None and of_kd else None,
+    }
+
+
+def _tree(
+    cell: Cell, by_place: Mapping[tuple[str, str, str], Cell], roles: Compared
+) -> dict[str, Any]:
+    tests = [record["test"] for record in cell.records]
+    seeds = [record["seed"] for record in cell.records]
+    baseline = by_place[cell.variant, cell.model, roles.baseline]
+    ratios = [
+        _transfer_ratio(mine, plain, fm)
+        for mine, plain, fm in zip(cell.records, baseline.records, cell.fm, strict=True)
+    ]
+    tree: dict[str, Any] = {
+        "variant": cell.variant,
+        "model": cell.model,
+        "arm": cell.arm,
+        "seeds": seeds,
+        "per_seed": {str(seed): dict(test) for seed, test in zip(seeds, tests, strict=True)},
+        "mean": _means(tests),
+        "sd": _spreads(tests),
+        "slices": _slices(cell.records),
+        "num_parameters": cell.records[0]["num_parameters"],
+        "train_rows_per_s": statistics.fmean(r["train_rows_per_s"] for r in cell.records),
+        "transfer_ratio": None
+        if None in ratios
+        else statistics.fmean(r for r in ratios if r is not None),
+        "transfer_ratio_per_seed": dict(zip(map(str, seeds), ratios, strict=True)),
+    }
+    for arm in (roles.baseline, roles.kd):
+        other = by_place.get((cell.variant, cell.model, arm))
+        if other is not None and arm != cell.arm:
+            tree[f"vs_{arm}"] = _versus(tests, [record["test"] for record in other.records])
+    return tree
+
+
+def _versus(mine: Sequence[Record], other: Sequence[Record]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in _COMPARED:
+        sign = -1.0 if name == "ne" else 1.0
+        value, base = ([sign * test[name] for test in tests] for tests in (mine, other))
+        found[name] = asdict(paired_test(value, base))
+    relative = [
+        relative_gain(base["auc"], test["auc"], is_lower_better=False)
+        for test, base in zip(mine, other, strict=True)
+    ]
+    return {**found, "auc_relative": statistics.fmean(relative)}
+
+
+def _transfer_ratio(record: Record, plain: Record, fm: Record) -> float | None:
+    if record is plain:
+        return 0.0
+    try:
+        return transfer_ratio_first_launch(
+            ne_vm=plain["test"]["ne"], ne_vm_transfer=record["test"]["ne"], ne_fm=fm["test"]["ne"]
+        )
+    except MetricError:
+        return None  # the FM is no better than the plain VM: there is nothing to transfer
+
+
+def _slices(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    shared = [
+        name
+        for name in records[0].get("slices", {})
+        if all(name in record["slices"] for record in records)
+    ]
+    return {
+        name: {
+            metric: statistics.fmean(record["slices"][name][metric] for record in records)
+            for metric in _SLICE_METRICS
+            if all(metric in record["slices"][name] for record in records)
+        }
+        for name in shared
+    }
+
+
+def _means(tests: Sequence[Record]) -> dict[str, float]:
+    return {name: statistics.fmean(test[name] for test in tests) for name in _shared(tests)}
+
+
+def _spreads(tests: Sequence[Record]) -> dict[str, float]:
+    if len(tests) < 2:
+        return {}
+    return {name: statistics.stdev(test[name] for test in tests) for name in _shared(tests)}
+
+
+def _shared(tests: Sequence[Record]) -> list[str]:
+    return [name for name in tests[0] if all(name in test for test in tests)]
+
+
+def _mean_known(trees: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    values = [tree[name] for tree in trees]
+    return statistics.fmean(values) if values and None not in values else None

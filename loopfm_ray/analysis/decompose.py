@@ -1,0 +1,149 @@
+"""Where the gain of the FM's history comes from, in nats, measured with fitted models on held-out rows.
+
+Four models of the same architecture see the VM's own fields `x`; with them nothing else, the raw history `H`, the FM's
+history `S`, or both. Their loglosses stand for the conditional entropies of the label, so that
+
+```text
+I_temporal = I(H; y | x)     = L(x)   - L(x,H)      what the raw history tells
+I_loopfm   = I(S; y | x)     = L(x)   - L(x,S)      what the FM's history tells
+I_cross    = I(S; y | x, H)  = L(x,H) - L(x,H,S)    what the FM adds to the raw history
+I_residual = I(H; y | x, S)  = L(x,S) - L(x,H,S)    what the channel lost of the raw history
+I_loopfm   = I_temporal + I_cross - I_residual      the chain rule, exact for any four loglosses
+```
+
+A model that learns badly makes a term too small, even negative: these are estimates of what models of this kind find.
+
+Source: LoopFM, arXiv 2605.29280, theorem 1 and corollary 10.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from loopfm_ray.errors import MetricError
+from loopfm_ray.metrics.binary import PROB_EPSILON, as_columns
+
+__all__ = ["INPUTS", "Decomposition", "Estimate", "decompose", "row_logloss"]
+
+INPUTS = ("x", "xh", "xs", "xhs")
+"""What the four models see."""
+_NUM_DRAWS = 1000
+_CHUNK = 50
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure in nats with its 95 % bootstrap interval over users."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The four terms, and the bounds that follow from them.
+
+    Attributes:
+        temporal: I(H; y | x).
+        cross: I(S; y | x, H).
+        residual: I(H; y | x, S).
+        loopfm: I(S; y | x).
+        tau: residual / temporal: the share of the raw history's information that the channel lost; None where the
+            raw history tells nothing.
+        num_rows: rows measured on.
+        num_users: users among them.
+    """
+
+    temporal: Estimate
+    cross: Estimate
+    residual: Estimate
+    loopfm: Estimate
+    tau: float | None
+    num_rows: int
+    num_users: int
+
+    def transfer_ratio_bound(self, teacher_gain: float) -> float:
+        """Return the lower bound of the transfer ratio of a first launch, in nats of this decomposition.
+
+        `((1 - tau) I_temporal + I_cross) / teacher_gain`: by the chain rule this is the transfer that the history alone
+        gives.
+
+        Args:
+            teacher_gain: logloss of the plain VM minus that of the FM, on the same rows.
+
+        Raises:
+            MetricError: the FM does not beat the plain VM.
+
+        Source: LoopFM, theorem 2.
+        """
+        if not teacher_gain > 0:
+            raise MetricError(
+                f"the bound needs an FM that beats the plain VM, found a teacher gain of {teacher_gain} nats;"
+                " train the FM longer or with more features"
+            )
+        kept = self.temporal.value - self.residual.value
+        return (kept + self.cross.value) / teacher_gain
+
+
+def row_logloss(label: ArrayLike, prob: ArrayLike) -> Floats:
+    """Return [N] the logloss of each row, natural log."""
+    label, prob = as_columns(label, prob)
+    clipped = np.clip(prob, PROB_EPSILON, 1.0 - PROB_EPSILON)
+    loss: Floats = -(label * np.log(clipped) + (1.0 - label) * np.log1p(-clipped))
+    return loss
+
+
+def decompose(
+    losses: Mapping[str, Floats], user: NDArray[np.integer], seed: int = 0
+) -> Decomposition:
+    """Return the terms from the row loglosses of the four models.
+
+    Args:
+        losses: [N] for each of `INPUTS`, on the same rows in the same order; means over seeds are welcome.
+        user: [N] whose row it is; users are drawn with replacement for the intervals.
+        seed: of the draws.
+
+    Raises:
+        MetricError: a model is missing, or rows do not fit.
+    """
+    missing = [name for name in INPUTS if name not in losses]
+    lengths = {len(losses[name]) for name in INPUTS if name in losses} | {len(user)}
+    if missing or len(lengths) != 1 or not len(user):
+        raise MetricError(
+            f"decompose needs loglosses of {INPUTS} on the same rows, found {sorted(losses)} with lengths"
+            f" {sorted(lengths)}; score all four models on the same test rows"
+        )
+    stacked = np.stack([np.asarray(losses[name], np.float64) for name in INPUTS], axis=1)
+    whole = stacked.mean(0)
+    drawn = _bootstrap(stacked, np.asarray(user), seed)
+    terms = {"temporal": (0, 1), "cross": (1, 3), "residual": (2, 3), "loopfm": (0, 2)}
+    found = {}
+    for name, (before, after) in terms.items():
+        low, high = np.quantile(drawn[:, before] - drawn[:, after], [0.025, 0.975])
+        found[name] = Estimate(float(whole[before] - whole[after]), float(low), float(high))
+    temporal = found["temporal"].value
+    return Decomposition(
+        **found,
+        tau=found["residual"].value / temporal if temporal > 0 else None,
+        num_rows=len(stacked),
+        num_users=len(np.unique(user)),
+    )
+
+
+def _bootstrap(values: Floats, user: NDArray[np.integer], seed: int) -> Floats:
+    """Return [draws, M] means of [N, M] over users drawn with replacement, all rows of a drawn user along."""
+    _, place = np.unique(user, return_inverse=True)
+    count = np.bincount(place).astype(np.float64)
+    sums = np.stack([np.bincount(place, column) for column in values.T], axis=1)
+    generator = np.random.default_rng(seed)
+    shares = np.full(len(count), 1.0 / len(count))
+    drawn = []
+    for begin in range(0, _NUM_DRAWS, _CHUNK):
+        weight = generator.multinomial(len(count), shares, min(_CHUNK, _NUM_DRAWS - begin))
+        drawn.append((weight @ sums) / (weight @ count)[:, None])
+    return np.concatenate(drawn)

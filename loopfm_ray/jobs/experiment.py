@@ -1,0 +1,186 @@
+"""Run an experiment: every variant's pipeline up to its evaluation, and the comparison of all cells.
+
+What is finished is kept: versions in a pool that the variants share, evaluation records cell by cell. The same command
+goes on where a killed one stopped.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells, headline
+from loopfm_ray.config import config_hash, dump_yaml
+from loopfm_ray.errors import StoreError
+from loopfm_ray.experiment_grid import ExperimentConfig, cell_name
+from loopfm_ray.experiments import MODEL_FM, PipelineConfig
+from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.context import Context
+from loopfm_ray.jobs.evaluate import read_record
+from loopfm_ray.jobs.mapping import Progress, silent
+from loopfm_ray.jobs.stages import STAGES, evaluation_path
+from loopfm_ray.store.filesystem import remove_tree
+from loopfm_ray.store.manifest import code_version, read_manifest
+from loopfm_ray.store.pool import Pool
+from loopfm_ray.store.tables import write_atomically
+
+__all__ = ["run_experiment"]
+
+_LOGGER = logging.getLogger(__name__)
+_STAGES = (
+    "prepare",
+    "train-fm",
+    "compress",
+    "materialize",
+    "join",
+    "audit",
+    "train-vm",
+    "evaluate",
+)
+_DONE = "done.json"
+
+
+def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> dict[str, Any]:
+    """Run every variant that is not finished and write `summary.json`; return it.
+
+    Raises:
+        LoopFMError: a stage failed; running the same config again goes on there.
+    """
+    config.root.mkdir(parents=True, exist_ok=True)
+    _write(config.root / "config.yaml", dump_yaml(config))
+    waiting = [name for name in config.variants if not _is_done(config, name)]
+    if waiting:
+        with connect(config.ray):
+            for number, variant in enumerate(waiting, 1):
+                progress(f"variant {variant}", 0, 1)
+                _run_variant(config, variant, progress)
+                _LOGGER.info("variant %s done, %d of %d", variant, number, len(waiting))
+                progress(f"variant {variant}", 1, 1)
+                summarise(config)
+    return summarise(config)
+
+
+def summarise(config: ExperimentConfig) -> dict[str, Any]:
+    """Write the summary of the variants that are finished, and return it.
+
+    Raises:
+        StoreError: none is finished.
+    """
+    finished = [name for name in config.variants if _is_done(config, name)]
+    if not finished:
+        raise StoreError(
+            f"no variant of {config.root} is finished; run `loopfm experiment` with this config"
+        )
+    roles = Compared(**config.roles.model_dump())
+    cells = assemble_cells([cell for name in finished for cell in _cells(config, name)], roles)
+    done = {name: _done(config, name) for name in finished}
+    summary = {
+        "name": config.name,
+        **headline(cells, finished[0], roles),
+        "headline_variant": finished[0],
+        "roles": asdict(roles),
+        "seeds": list(config.seeds),
+        "num_unfinished_variants": len(config.variants) - len(finished),
+        "code_versions": sorted({item["code_version"] for item in done.values()}),
+        "cells": cells,
+        "fm": {name: _fm_records(config, name) for name in finished},
+        "channel": {name: item["channel"] for name, item in done.items()},
+        "seconds": {name: item["seconds"] for name, item in done.items()},
+        "config": config.model_dump(mode="json"),
+    }
+    _write(config.root / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> None:
+    pipeline = config.pipeline(variant)
+    pipeline.paths.records.mkdir(parents=True, exist_ok=True)
+    _write(pipeline.paths.config, dump_yaml(pipeline))
+    context = Context(pipeline, progress, pool=Pool(config.root / "pool"), any_code=config.any_code)
+    seconds = {}
+    for name in _STAGES:
+        started = time.perf_counter()
+        STAGES[name](context)
+        seconds[name] = time.perf_counter() - started
+    channel = read_manifest(pipeline.paths.snapshot(config.seeds[0])).meta["record"]["channel"]
+    done = {
+        "key": _key(config, pipeline),
+        "code_version": code_version(),
+        "seconds": seconds,
+        "channel": channel,
+    }
+    _write(pipeline.paths.root / _DONE, json.dumps(done, indent=1))
+    if not config.keep_data:
+        for seed in config.seeds:
+            for folder in (pipeline.paths.latents(seed), pipeline.paths.joined(seed)):
+                remove_tree(folder)
+        _drop_unshared(config)
+
+
+def _drop_unshared(config: ExperimentConfig) -> None:
+    """Remove joined sets from the pool whose only name is there: no unfinished variant has linked them."""
+    for folder in (config.root / "pool").glob("joined-*"):
+        if all(file.stat().st_nlink == 1 for file in folder.rglob("*.parquet")):
+            shutil.rmtree(folder)
+
+
+def _key(config: ExperimentConfig, pipeline: PipelineConfig) -> str:
+    return config_hash(pipeline, "" if config.any_code else code_version())
+
+
+def _done(config: ExperimentConfig, variant: str) -> dict[str, Any]:
+    text = (config.pipeline(variant).paths.root / _DONE).read_text(encoding="utf-8")
+    tree: dict[str, Any] = json.loads(text)
+    return tree
+
+
+def _is_done(config: ExperimentConfig, variant: str) -> bool:
+    pipeline = config.pipeline(variant)
+    if not (pipeline.paths.root / _DONE).is_file():
+        return False
+    return bool(_done(config, variant)["key"] == _key(config, pipeline))
+
+
+def _cells(config: ExperimentConfig, variant: str) -> list[Cell]:
+    pipeline = config.pipeline(variant)
+    fm = tuple(_records(pipeline, config.seeds, MODEL_FM))
+    return [
+        Cell(
+            variant,
+            model,
+            arm,
+            tuple(_records(pipeline, config.seeds, cell_name(model, arm))),
+            fm,
+        )
+        for model in config.models
+        for arm in config.arms
+    ]
+
+
+def _records(pipeline: PipelineConfig, seeds: Sequence[int], name: str) -> list[dict[str, Any]]:
+    found = []
+    for seed in seeds:
+        path = evaluation_path(pipeline, seed, name)
+        record = read_record(path)
+        if record is None:
+            raise StoreError(f"{path} is not there; run `loopfm experiment` with this config again")
+        found.append(asdict(record))
+    return found
+
+
+def _fm_records(config: ExperimentConfig, variant: str) -> dict[str, Any]:
+    records = _records(config.pipeline(variant), config.seeds, MODEL_FM)
+    return {
+        "num_parameters": records[0]["num_parameters"],
+        "per_seed": {str(record["seed"]): record["test"] for record in records},
+        "train_rows_per_s": records[0]["train_rows_per_s"],
+        "train_s": records[0]["seconds"],
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))

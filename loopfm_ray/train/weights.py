@@ -1,0 +1,152 @@
+"""A trained FM on disk, before a bottleneck is fitted to it: several snapshots may be made from one FM."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from loopfm_ray.data.schema import FeatureSchema
+from loopfm_ray.errors import LoopFMError, StoreError
+from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
+from loopfm_ray.store.cache import open_version
+from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import Manifest, commit, stage, verify
+from loopfm_ray.train.curves import write_curves
+
+__all__ = [
+    "FM_WEIGHTS",
+    "FmSpec",
+    "TrainedFm",
+    "load_fm",
+    "load_weights",
+    "save_fm",
+    "save_weights",
+]
+
+FM_WEIGHTS = "fm.safetensors"
+_SPEC = "fm.json"
+
+
+@dataclass(frozen=True)
+class FmSpec:
+    """All of a trained FM but its weights."""
+
+    trained_until_ts: int
+    """The last moment that the FM may have seen; it embeds only later events."""
+    schema: FeatureSchema
+    item_fields: tuple[str, ...]
+    """Columns of `History.item_ids` in the raw history."""
+    max_len: int
+    """Events of the raw history that the FM reads."""
+    fm: FmConfig
+
+    def to_tree(self) -> dict[str, Any]:  # Any: JSON
+        """Return the spec as a JSON tree."""
+        return {
+            "trained_until_ts": self.trained_until_ts,
+            "schema": json.loads(self.schema.to_json()),
+            "item_fields": list(self.item_fields),
+            "max_len": self.max_len,
+            "fm": self.fm.model_dump(mode="json"),
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "FmSpec":  # Any: JSON, checked here
+        """Read what `to_tree` gave; further keys are left to others.
+
+        Raises:
+            StoreError: the tree is no FM spec.
+        """
+        try:
+            return cls(
+                trained_until_ts=int(tree["trained_until_ts"]),
+                schema=FeatureSchema.from_json(json.dumps(tree["schema"])),
+                item_fields=tuple(tree["item_fields"]),
+                max_len=int(tree["max_len"]),
+                fm=FmConfig.model_validate(tree["fm"]),
+            )
+        except (KeyError, TypeError, ValueError, LoopFMError) as error:
+            raise StoreError(f"not the spec of an FM: {error}; write it with to_tree") from error
+
+    def build(self) -> FoundationModel:
+        """Return the FM with fresh weights."""
+        return build_fm(self.fm, self.schema, self.item_fields)
+
+
+@dataclass(frozen=True)
+class TrainedFm:
+    """A trained FM and what it is."""
+
+    model: FoundationModel
+    spec: FmSpec
+    record: Mapping[str, Any]  # Any: JSON
+    """Speed and seconds of its training, and its number of parameters."""
+    version: str = ""
+    """Version of the directory it was read from."""
+
+
+def save_fm(
+    trained: TrainedFm,
+    location: Location,
+    *,
+    settings_hash: str,
+    inputs: Mapping[str, str],
+    num_rows: int,
+    curves: str = "",
+) -> Manifest:
+    """Write an FM and its learning curves as a version of kind `fm`, in place of another one there."""
+    with stage(location) as staged:
+        save_weights(trained.model, staged / FM_WEIGHTS)
+        text = json.dumps(trained.spec.to_tree(), indent=1, sort_keys=True)
+        (staged / _SPEC).write_text(text, encoding="utf-8")
+        write_curves(staged, curves)
+        return commit(
+            staged,
+            kind="fm",
+            config_hash=settings_hash,
+            inputs=inputs,
+            meta={
+                "trained_until_ts": trained.spec.trained_until_ts,
+                "record": dict(trained.record),
+            },
+            num_rows=num_rows,
+            replace_other=True,
+        )
+
+
+def load_fm(location: Location) -> TrainedFm:
+    """Read an FM, checksums checked, in evaluation mode on the CPU.
+
+    Raises:
+        StoreError: it is missing, damaged, or its weights do not fit its spec.
+    """
+    version = open_version(location, "fm")
+    directory = version.fetch()
+    verify(directory)
+    spec = FmSpec.from_tree(json.loads((directory / _SPEC).read_text(encoding="utf-8")))
+    model = spec.build()
+    load_weights(model, directory / FM_WEIGHTS)
+    return TrainedFm(model, spec, version.manifest.meta["record"], version.manifest.version)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the weights of a model."""
+    weights = model.state_dict()
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read weights into a model and set it to evaluation.
+
+    Raises:
+        StoreError: they do not fit.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, OSError) as error:
+        raise StoreError(f"{path} does not fit its spec: {error}") from error
+    model.eval()

@@ -1,0 +1,65 @@
+import pytest
+
+from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells, headline
+
+ROLES = Compared("none", "kd", "best")
+NE = {"fm": [0.70, 0.72], "none": [0.90, 0.92], "kd": [0.88, 0.91], "best": [0.80, 0.81]}
+AUC = {"fm": [0.8, 0.79], "none": [0.60, 0.59], "kd": [0.61, 0.60], "best": [0.70, 0.71]}
+
+
+def records(name):
+    return tuple(
+        {
+            "name": name,
+            "seed": seed,
+            "test": {"ne": NE[name][seed], "auc": AUC[name][seed]},
+            "slices": {"first": {"auc": AUC[name][seed] - 0.1, "ne": 1.0, "share": 0.5}},
+            "num_parameters": 10,
+            "train_rows_per_s": 100.0,
+        }
+        for seed in (0, 1)
+    )
+
+
+def trees():
+    cells = [
+        Cell("main", "deep", arm, records(arm), records("fm")) for arm in ("none", "kd", "best")
+    ]
+    return assemble_cells(cells, ROLES)
+
+
+def test_cells_hold_means_and_paired_comparisons():
+    none, kd, best = trees()
+    assert best["mean"] == pytest.approx({"ne": 0.805, "auc": 0.705})
+    assert best["sd"]["auc"] == pytest.approx(0.01 / 2**0.5)
+    assert best["per_seed"]["1"] == {"ne": 0.81, "auc": 0.71}
+    assert best["vs_kd"]["auc"]["mean"] == pytest.approx(0.10)
+    assert best["vs_kd"]["ne"]["mean"] == pytest.approx(0.09)  # lower is better: a gain is positive
+    assert best["vs_kd"]["auc_relative"] == pytest.approx((0.09 / 0.61 + 0.11 / 0.60) / 2)
+    assert best["slices"]["first"]["auc"] == pytest.approx(0.605)
+    assert "vs_none" not in none
+    assert "vs_kd" not in kd
+
+
+def test_transfer_ratios_are_those_of_each_seed():
+    none, kd, best = trees()
+    assert best["transfer_ratio_per_seed"] == pytest.approx({"0": 0.10 / 0.20, "1": 0.11 / 0.20})
+    assert none["transfer_ratio"] == 0.0
+    assert kd["transfer_ratio"] == pytest.approx((0.02 / 0.2 + 0.01 / 0.2) / 2)
+
+
+def test_the_headline_is_over_all_models_of_a_variant():
+    found = headline(trees(), "main", ROLES)
+    assert found["relative_auc_gain_over_kd"] == pytest.approx((0.09 / 0.61 + 0.11 / 0.60) / 2)
+    assert found["transfer_ratio"] == pytest.approx(0.525)
+    assert found["transfer_ratio_over_kd"] == pytest.approx(0.525 / 0.075)
+    assert 0 < found["max_p_over_kd"] < 1
+
+
+def test_an_fm_that_is_no_better_leaves_the_ratio_out():
+    cells = [
+        Cell("main", "deep", arm, records(arm), records("none")) for arm in ("none", "kd", "best")
+    ]
+    _, _, best = assemble_cells(cells, ROLES)
+    assert best["transfer_ratio"] is None
+    assert headline([best], "main", ROLES)["transfer_ratio_over_kd"] is None
