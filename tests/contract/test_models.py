@@ -153,13 +153,13 @@ class TestEveryVmWithEveryEncoder:
         model, batch = self.build(kind, encoder), make_batch(num_rows=64)
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.05), []
-        for _ in range(12):
+        for _ in range(30):
             optimizer.zero_grad()
             loss = bce(model(batch), batch.label)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert losses[-1] < 0.9 * losses[0]
+        assert losses[-1] < 0.8 * losses[0]
 
     def test_it_comes_back_from_disk_with_the_same_bits(self, kind, encoder, tmp_path):
         config, model = self.config(kind, encoder), self.build(kind, encoder)

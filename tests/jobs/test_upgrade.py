@@ -13,7 +13,7 @@ from loopfm_ray.errors import BundleError, ConfigError, StoreError
 from loopfm_ray.experiments import HistoryStageConfig, OnlineConfig, PipelineConfig
 from loopfm_ray.jobs import materialize as job
 from loopfm_ray.jobs.materialize import ShardEmbedder, materialize
-from loopfm_ray.jobs.stages import export_bundle
+from loopfm_ray.jobs.publishing import export_bundle
 from loopfm_ray.jobs.upgrade import share_target, upgrade
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck

@@ -9,8 +9,8 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.experiments import PipelineConfig, RayConfig
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.context import splits_of
 from loopfm_ray.jobs.pipeline import run_stages
-from loopfm_ray.jobs.stages import splits_of
 from loopfm_ray.jobs.upgrade import upgrade
 from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.parity import check_parity, load_offline

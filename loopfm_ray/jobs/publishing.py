@@ -1,0 +1,68 @@
+"""Export the bundle of the served VM and publish the histories of its space."""
+
+from dataclasses import replace
+from typing import Any
+
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.errors import StoreError
+from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.jobs.context import Context, needed
+from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
+from loopfm_ray.store.manifest import Manifest, read_manifest
+from loopfm_ray.store.publish import publish
+from loopfm_ray.store.space import Space
+from loopfm_ray.train.trained import load_trained_vm
+
+__all__ = ["export_bundle", "run_publish"]
+
+
+def run_publish(context: Context) -> dict[str, Any]:
+    """Export the served VM's bundle and publish the histories of its space."""
+    config = context.config
+    seed = config.seeds[0]
+    context.progress("publish", 0, 2)
+    latents = needed(config.paths.latents(seed), "materialize")
+    bundle = export_bundle(config, Space.of_meta(latents.meta))
+    context.progress("publish", 1, 2)
+    users = PreparedData.open(config.paths.prepared).users.keys
+    live = publish(
+        config.paths.latents(seed),
+        users,
+        config.online_target,
+        config.online.max_events_per_user,
+    )
+    context.progress("publish", 2, 2)
+    space = Space.of_meta(latents.meta).id
+    return {"bundle": bundle.version, "histories": live, "space": space}
+
+
+def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
+    """Write the bundle of the VM that is served, from the first seed; its histories have to be of `space`."""
+    seed, name = config.seeds[0], config.online.model
+    data = PreparedData.open(config.paths.prepared)
+    trained_manifest = needed(config.paths.vm(seed, name), "train-vm")
+    trained = load_trained_vm(config.paths.vm(seed, name))
+    names = {field.name for field in trained.schema.fields}
+    spec = BundleSpec(
+        name=name,
+        vm=trained.config,
+        schema=trained.schema,
+        calibration=trained.calibration,
+        history=_pin(config, trained_manifest, space) if trained.config.history.sources else None,
+        derive=tuple(item for item in config.data.derive if item in names),
+        sequence_len=config.data.sequence_len,
+    )
+    inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
+    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
+
+
+def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:
+    """Return the history that a VM was trained with: the lineage is its own, whatever was joined since."""
+    found = trained.inputs.get("space", "(none, by older code)")
+    if found != space.id:
+        raise StoreError(
+            f"the VM was trained in space {found}, the latents of the run are of {space.id}: another"
+            " snapshot or delay made them; run `loopfm join` and `loopfm train-vm` first"
+        )
+    joined = HistoryPin.of_joined(read_manifest(config.paths.joined(config.seeds[0])))
+    return replace(joined, space=space, latents_version=trained.inputs["latents"])
