@@ -36,7 +36,7 @@ def test_late_and_new_events_are_embedded_and_the_rest_is_taken_over(tmp_path):
     pq.write_table(log.filter(first), tmp_path / "log.parquet")
     latents = config.paths.latents(0)
     with connect(RayConfig()):
-        for name in ("prepare", "train-fm"):
+        for name in ("prepare", "train-fm", "compress"):
             run_stages(config, name)
         begun = run_stages(config, "materialize")["seed=0"]
         pq.write_table(log.filter(ts < world.START + 58 * MICROS_PER_DAY), tmp_path / "log.parquet")

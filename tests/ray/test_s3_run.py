@@ -25,7 +25,7 @@ SMALL = [
     "fm.learning.num_workers=2",
     "fm.learning.checkpoint_steps=10",
     "fm.learning.batch_rows=64",
-    "vms={vm: {}, vm_kd: {kd_weight: 1.0}, vm_kd_loopfm: {kd_weight: 1.0, model: {history: {kind: latent}}}}",
+    "vms={vm: {}, vm_kd: {kd_weight: 1.0}, vm_kd_loopfm: {kd_weight: 1.0, model: {history: {user: {kind: latent}}}}}",
 ]
 
 

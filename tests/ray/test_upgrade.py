@@ -62,14 +62,14 @@ def scores(predictor, offline):
 def test_an_fm_is_upgraded_without_breaking_the_vm_that_serves(tmp_path):
     old, new = settings(tmp_path, "old", "2024-01-29"), settings(tmp_path, "new", "2024-02-05")
     with connect(RayConfig()):
-        stages = ("prepare", "train-fm", "materialize", "join", "train-vm", "publish")
+        stages = ("prepare", "train-fm", "compress", "materialize", "join", "train-vm", "publish")
         published = run(old, *stages)
         server = load_predictor(old.paths.bundle, old.online_target)
         offline = requests_of(old, server.bundle)
         before = scores(server, offline)
         assert check_parity(server, offline).is_ok
 
-        run(new, "prepare", "train-fm")
+        run(new, "prepare", "train-fm", "compress")
         result = upgrade(new, old.paths.root)
         assert result["beside"] == published["space"] != result["space"]
         assert result["lost_s"] == pytest.approx(WEEK_S, abs=86_400)
