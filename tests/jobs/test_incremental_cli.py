@@ -23,6 +23,7 @@ from loopfm_ray.models.fitting import calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.store.manifest import read_manifest, verify
 from loopfm_ray.store.offline import LatentsWriter
+from loopfm_ray.store.publish import publish
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import MICROS_PER_DAY
 from tests.oracles.worlds import tree_bytes
@@ -229,7 +230,7 @@ def test_freshness_prints_and_exits_with_1_on_an_alarm(run):
 def test_what_is_published_ages_with_the_clock(run):
     run.call("join")
     users = PreparedData.open(run.paths.prepared).users.keys
-    stages.publish(str(run.latents), users, run.paths.online)
+    publish(str(run.latents), users, run.paths.online)
     watermark_ts = read_manifest(run.latents).meta["watermark_ts"]
     limit = ("--set", "freshness.max_published_age_s=3600")
     now = str(watermark_ts + 3_600_000_000)

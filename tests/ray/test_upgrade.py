@@ -80,7 +80,7 @@ def test_an_fm_is_upgraded_without_breaking_the_vm_that_serves(tmp_path):
         moved = load_config(PipelineConfig, new.paths.config)
         assert run(moved, "materialize", "join", "train-vm", "publish")["space"] == result["space"]
         # the retention reaches back beyond the snapshot's training, so the window was all there is to embed
-        assert read_manifest(moved.paths.latents(0)).version == result["version"]
+        assert read_manifest(moved.paths.latents(0)).content == result["version"]
         assert run(moved, "parity")["num_mismatches"] == 0
 
     live = {item.space: item for item in live_spaces(old.online_target)}
