@@ -29,6 +29,7 @@ from loopfm_ray.types import MICROS_PER_S
 __all__ = ["AuditReport", "audit"]
 
 _NUM_SHOWN = 20
+_NUM_WAITING = 100_000
 _SHARES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 _INHERITED = ("snapshot_id", "trained_until_ts", "delay_us", "waits_for_label", "code_spec")
 """What a joined version says of its latents, and they must say of themselves."""
@@ -71,6 +72,7 @@ class _Margins:
     """Margins of many entries in little memory."""
 
     def __init__(self) -> None:
+        self._waiting: list[int] = []
         self._sketch = StalenessSketch()
         self._low: list[int] = []
         self._high: list[int] = []
@@ -78,18 +80,24 @@ class _Margins:
 
     def add(self, margins: list[int]) -> None:
         """Add margins in microseconds."""
-        if not margins:
-            return
         self.num += len(margins)
-        values = np.asarray(margins, dtype=np.int64)
+        self._waiting += margins
+        if len(self._waiting) >= _NUM_WAITING:
+            self._merge()
+
+    def _merge(self) -> None:
+        values = np.asarray(self._waiting, dtype=np.int64)
         self._sketch = StalenessSketch.merge([self._sketch, StalenessSketch.of(values)])
-        self._low = [min([*self._low, min(margins)])]
-        self._high = [max([*self._high, max(margins)])]
+        self._low = [min([*self._low, *self._waiting])]
+        self._high = [max([*self._high, *self._waiting])]
+        self._waiting = []
 
     def quantiles(self) -> dict[str, float]:
         """Return the distribution in seconds."""
         if not self.num:
             return {}
+        if self._waiting:
+            self._merge()
         low, high = self._low[0] / MICROS_PER_S, self._high[0] / MICROS_PER_S
         inner = {name: self._sketch.quantile_s(share) or 0.0 for name, share in _SHARES.items()}
         kept = {name: min(max(value, low), high) for name, value in inner.items()}

@@ -64,7 +64,9 @@ def check_request(request: Row, bucket: Bucket, rules: Rules) -> list[str]:
     for entry in given:
         problems += _check_entry(entry, request, bucket, rules)
     problems += _check_choice(given, request, bucket, rules, is_clean=not problems)
-    return [*problems, *_check_past(request, bucket.origin), *_check_raw(request, bucket.origin)]
+    seen = _seen_in_log(request, bucket.origin)
+    past = _check_past(request, bucket.origin, seen)
+    return [*problems, *past, *_check_raw(request, bucket.origin, seen)]
 
 
 def _check_row(request: Row, bucket: Bucket) -> Iterator[str]:
@@ -188,10 +190,9 @@ def _seen_in_log(request: Row, origin: Origin) -> list[int]:
     return seen
 
 
-def _check_past(request: Row, origin: Origin) -> Iterator[str]:
+def _check_past(request: Row, origin: Origin, seen: list[int]) -> Iterator[str]:
     """Count the user's earlier events again and compare with the features from the past."""
     names = [name for name in request if name.startswith("past_count_")]
-    seen = _seen_in_log(request, origin) if names else []
     for name in names:
         field = name.removeprefix("past_count_")
         value = _value(field, request["user"], request["item"], origin)
@@ -216,7 +217,7 @@ def _value(field: str, user: int, item: int, origin: Origin) -> int:
     return item if field == "item" else origin.item_values[field][item]
 
 
-def _check_raw(request: Row, origin: Origin) -> Iterator[str]:
+def _check_raw(request: Row, origin: Origin, seen: list[int]) -> Iterator[str]:
     """Compare the raw history of a request with what the log had by then."""
     if origin.raw_max_len is None:
         return
@@ -226,6 +227,6 @@ def _check_raw(request: Row, origin: Origin) -> Iterator[str]:
         return
     found = origin.raw_ids[start : start + length]
     yield from (origin.raw_faults[number] for number in found if number in origin.raw_faults)
-    wanted = _seen_in_log(request, origin)[-origin.raw_max_len :]
+    wanted = seen[-origin.raw_max_len :]
     if found != wanted:
         yield f"raw history is {found[-5:]}, the visible past gives {wanted[-5:]} (newest last)"
