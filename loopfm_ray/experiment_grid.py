@@ -38,7 +38,8 @@ class ExperimentConfig(Config):
     """Every model in every arm, in every variant of the pipeline, under every seed.
 
     A cell is one VM: the tree of its model, overlaid by that of its arm, overlaid by the `vm` part of its variant. The other
-    parts of a variant (`data`, `fm`, `history`) overlay the experiment's own.
+    parts of a variant (`data`, `fm`, `history`) overlay the experiment's own. A model may have a part `histories` beside
+    those of a VM's stage: what each history of an arm takes (`encoder`, `side`) where the arm leaves it open.
     """
 
     kind: Literal["experiment"] = "experiment"
@@ -52,7 +53,7 @@ class ExperimentConfig(Config):
     fm: FmStageConfig = FmStageConfig()
     history: HistoryStageConfig = HistoryStageConfig()
     models: dict[str, Tree] = Field(min_length=1)
-    """Parts of a VM's stage (`model`, `learning`, `kd_weight`) by name of the model."""
+    """Parts of a VM's stage (`model`, `learning`, `kd_weight`), and `histories`, by name of the model."""
     arms: dict[str, Tree] = Field(min_length=1)
     """What an arm changes in every model."""
     variants: dict[str, Tree] = Field(default={"main": {}}, min_length=1)
@@ -105,7 +106,7 @@ class ExperimentConfig(Config):
                 f"variants.{variant} has {unknown}, expected some of {sorted([*base, 'vm'])}"
             )
         vms = {
-            cell_name(model, arm): merge(merge(of_model, of_arm), of_vms)
+            cell_name(model, arm): _vm_tree(of_model, of_arm, of_vms)
             for model, of_model in self.models.items()
             for arm, of_arm in self.arms.items()
         }
@@ -121,6 +122,16 @@ class ExperimentConfig(Config):
             "online": {"model": cell_name(first, self.roles.baseline)},
         }
         return validate(PipelineConfig, tree, f"variants.{variant} of experiment {self.name}")
+
+
+def _vm_tree(of_model: Tree, of_arm: Tree, of_variant: Tree) -> Tree:
+    tree = merge(merge(of_model, of_arm), of_variant)
+    defaults = tree.pop("histories", {})
+    model = tree.get("model")
+    if defaults and isinstance(model, dict) and model.get("history"):
+        filled = {name: merge(defaults, own) for name, own in model["history"].items()}
+        tree["model"] = {**model, "history": filled}
+    return tree
 
 
 def cell_name(model: str, arm: str) -> str:

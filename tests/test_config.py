@@ -157,6 +157,19 @@ def test_an_experiment_is_every_model_in_every_arm_of_every_variant():
     assert main.paths.root == config.root / "variants" / "main"
 
 
+def test_a_model_says_how_it_reads_the_histories_that_an_arm_leaves_open():
+    encoder = {"kind": "gru", "hidden": 8}
+    own = {"kind": "latent", "encoder": {"kind": "mean"}}
+    arms = {**GRID["arms"], "two": {"model": {"history": {"a": {"kind": "raw"}, "b": own}}}}
+    models = {"deep": {**GRID["models"]["deep"], "histories": {"encoder": encoder}}, "wide": {}}
+    config = ExperimentConfig.model_validate({**GRID, "arms": arms, "models": models})
+    vms = config.pipeline("main").vms
+    found = {name: history.encoder.kind for name, history in vms["deep.two"].model.history.sorted()}
+    assert found == {"a": "gru", "b": "mean"}
+    assert vms["deep.none"].model.history.kind == "none"
+    assert vms["wide.two"].model.history.root["a"].encoder.kind == "attention"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

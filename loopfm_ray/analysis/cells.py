@@ -40,7 +40,7 @@ class Cell:
 def assemble_cells(cells: Sequence[Cell], roles: Compared) -> list[dict[str, Any]]:
     """Return the tree of every cell.
 
-    Keys: variant, model, arm, seeds, per_seed (test metrics), mean, sd, slices (means), num_parameters, train_rows_per_s,
+    Keys: variant, model, arm, seeds, per_seed (test metrics), mean, sd, valid (means on the validation window), slices (means), num_parameters, train_rows_per_s,
     transfer_ratio (mean over seeds, None where an FM does not beat the plain VM), transfer_ratio_per_seed, and
     `vs_<arm>` for the arms of `roles.baseline` and `roles.kd`: for auc and ne the paired test over seeds of the
     improvement (positive is better), and for auc the mean relative gain.
@@ -92,6 +92,7 @@ def _tree(
         "per_seed": {str(seed): dict(test) for seed, test in zip(seeds, tests, strict=True)},
         "mean": _means(tests),
         "sd": _spreads(tests),
+        "valid": _means([record["valid"] for record in cell.records]),
         "slices": _slices(cell.records),
         "num_parameters": cell.records[0]["num_parameters"],
         "train_rows_per_s": statistics.fmean(r["train_rows_per_s"] for r in cell.records),

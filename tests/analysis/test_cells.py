@@ -13,6 +13,7 @@ def records(name):
             "name": name,
             "seed": seed,
             "test": {"ne": NE[name][seed], "auc": AUC[name][seed]},
+            "valid": {"ne": NE[name][seed] - 0.01},
             "slices": {"first": {"auc": AUC[name][seed] - 0.1, "ne": 1.0, "share": 0.5}},
             "num_parameters": 10,
             "train_rows_per_s": 100.0,
@@ -36,6 +37,7 @@ def test_cells_hold_means_and_paired_comparisons():
     assert best["vs_kd"]["auc"]["mean"] == pytest.approx(0.10)
     assert best["vs_kd"]["ne"]["mean"] == pytest.approx(0.09)  # lower is better: a gain is positive
     assert best["vs_kd"]["auc_relative"] == pytest.approx((0.09 / 0.61 + 0.11 / 0.60) / 2)
+    assert best["valid"] == pytest.approx({"ne": 0.795})
     assert best["slices"]["first"]["auc"] == pytest.approx(0.605)
     assert "vs_none" not in none
     assert "vs_kd" not in kd
