@@ -30,7 +30,7 @@ class Watch:
         if done == total:
             (work,) = self._folder.glob(".out.work-*")
             began = min(path.stat().st_mtime for path in (work / "attempts").iterdir())
-            ended = max(path.stat().st_mtime for path in (work / "markers").rglob("*.json"))
+            ended = max(path.stat().st_mtime for path in (work / "markers").glob("*/[0-9]*"))
             self.span_s = ended - began
             self.worker_peak_rss_gib = max(worker_peaks(), default=0.0)
 
