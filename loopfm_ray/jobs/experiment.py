@@ -23,6 +23,7 @@ from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.evaluate import read_record
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.stages import STAGES, evaluation_path
+from loopfm_ray.report.grid import build_grid_report
 from loopfm_ray.store.filesystem import remove_tree
 from loopfm_ray.store.manifest import code_version, read_manifest
 from loopfm_ray.store.pool import Pool
@@ -45,7 +46,7 @@ _DONE = "done.json"
 
 
 def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> dict[str, Any]:
-    """Run every variant that is not finished and write `summary.json`; return it.
+    """Run every variant that is not finished and write `summary.json`, `report.html` and `results.md`; return the summary.
 
     Raises:
         LoopFMError: a stage failed; running the same config again goes on there.
@@ -65,7 +66,7 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> 
 
 
 def summarise(config: ExperimentConfig) -> dict[str, Any]:
-    """Write the summary of the variants that are finished, and return it.
+    """Write the summary of the variants that are finished, with its page and its tables, and return it.
 
     Raises:
         StoreError: none is finished.
@@ -93,6 +94,7 @@ def summarise(config: ExperimentConfig) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
     }
     _write(config.root / "summary.json", json.dumps(summary, indent=1))
+    build_grid_report(summary, config.root)
     return summary
 
 

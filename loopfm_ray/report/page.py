@@ -21,7 +21,7 @@ from loopfm_ray.report import words
 from loopfm_ray.report.figures import build_figures
 from loopfm_ray.report.summary import Channel, ModelRecord, Summary, read_summary
 
-__all__ = ["build_report", "render_report"]
+__all__ = ["build_report", "plotly_base64", "render_report", "yaml_text"]
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def render_report(summary: Mapping[str, Any]) -> str:
         tiles=_tiles(record),
         figures=figures,
         figure_specs={figure.id: figure.spec for figure in figures},
-        plotly=_plotly_base64() if figures else "",
+        plotly=plotly_base64() if figures else "",
         channel_bars=_channel_bars(record.channel),
         stage_bars=_stage_bars(record),
         size_rows=_size_rows(record),
         seed_rows=_seed_rows(record),
         data_notes=words.data_notes(record),
         scored=_scored(record),
-        config=_yaml(record.config),
+        config=yaml_text(record.config),
     )
 
 
@@ -228,12 +228,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
-def _yaml(tree: dict[str, Any]) -> str:
+def yaml_text(tree: dict[str, Any]) -> str:
+    """Return a config as it is shown on a page."""
     plain = json.loads(json.dumps(tree, default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else ""
 
 
 @cache
-def _plotly_base64() -> str:
+def plotly_base64() -> str:
+    """Return the chart library as a page carries it: gzip, base64."""
     packed = gzip.compress(get_plotlyjs().encode(), compresslevel=9, mtime=0)
     return base64.b64encode(packed).decode()

@@ -1,0 +1,283 @@
+"""The page and the Markdown tables of an experiment, from its `summary.json`.
+
+Like the page of a run, this one loads nothing from the network, and the same summary gives the same bytes.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from loopfm_ray.errors import DataError
+from loopfm_ray.report import words
+from loopfm_ray.report.page import plotly_base64, yaml_text
+from loopfm_ray.store.tables import write_atomically
+
+__all__ = ["build_grid_report", "render_grid", "render_markdown"]
+
+# Any: JSON of the summary.
+Json = dict[str, Any]
+_NEEDED = ("name", "roles", "seeds", "cells", "fm", "headline_variant", "code_versions", "config")
+_ARM_COLOURS = {
+    "none": "vm",
+    "kd": "vm-kd",
+    "loopfm": "vm-loopfm",
+    "kd_loopfm": "vm-kd-loopfm",
+    "raw": "vm-raw",
+}
+_COLUMNS = ("NE", "AUC", "AUC gain", "over KD", "p", "Transfer ratio", "first", "short", "long")
+_SLICES = ("first", "short", "long")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell of an experiment as texts, in the order of the columns."""
+
+    model: str
+    arm: str
+    colour: str
+    texts: tuple[str, ...]
+    spreads: tuple[str, ...]
+
+
+def build_grid_report(summary: Mapping[str, Any], folder: Path) -> Path:
+    """Write `report.html` and `results.md` for `summary` into `folder`; return the page's path.
+
+    Raises:
+        DataError: the summary lacks a key.
+    """
+    page, text = render_grid(summary), render_markdown(summary)
+    write_atomically(folder / "results.md", lambda path: path.write_text(text, encoding="utf-8"))
+    target = folder / "report.html"
+    write_atomically(target, lambda path: path.write_text(page, encoding="utf-8"))
+    return target
+
+
+def render_grid(summary: Mapping[str, Any]) -> str:
+    """Return the page of an experiment as HTML.
+
+    Raises:
+        DataError: the summary lacks a key.
+    """
+    _check(summary)
+    environment = Environment(
+        loader=PackageLoader("loopfm_ray.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = [_auc_figure(summary), *_variant_figures(summary)]
+    return environment.get_template("grid.html.j2").render(
+        summary=summary,
+        words=words,
+        headline=headline(summary),
+        tiles=_tiles(summary),
+        columns=_COLUMNS,
+        variants={name: _lines(summary, name) for name in _variants(summary)},
+        fm=_fm_lines(summary),
+        probes=_probe_lines(summary),
+        figures=figures,
+        figure_specs={figure["id"]: figure["spec"] for figure in figures},
+        plotly=plotly_base64(),
+        config=yaml_text(summary["config"]),
+    )
+
+
+def render_markdown(summary: Mapping[str, Any]) -> str:
+    """Return the tables of an experiment as Markdown.
+
+    Raises:
+        DataError: the summary lacks a key.
+    """
+    _check(summary)
+    parts = [f"**{headline(summary)}**", ""]
+    for name in _variants(summary):
+        head = ("model", "arm", *(column for column in _COLUMNS))
+        parts += [f"Variant `{name}`, mean of {len(summary['seeds'])} seeds (± sd):", ""]
+        parts += [_row(head), _row(["---"] * 2 + ["---:"] * len(_COLUMNS))]
+        for line in _lines(summary, name):
+            cells = [
+                f"{text} ± {spread}" if spread else text
+                for text, spread in zip(line.texts, line.spreads, strict=True)
+            ]
+            parts.append(_row((line.model, line.arm, *cells)))
+        parts.append("")
+    parts += [_row(("variant", "FM: test NE", "AUC", "parameters")), _row(["---"] + ["---:"] * 3)]
+    parts += [_row(line) for line in _fm_lines(summary)]
+    probes = _probe_lines(summary)
+    if probes:
+        parts += ["", _row(("variant", "logloss of a probe, in nats")), _row(["---", "---"])]
+        parts += [_row(line) for line in probes]
+    return "\n".join(parts) + "\n"
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Return what the experiment found, in one sentence."""
+    best, kd = (pretty_arm(summary["roles"][name]) for name in ("best", "kd"))
+    gain = summary.get("relative_auc_gain_over_kd")
+    if gain is None:
+        return f"{best} and {kd} are compared"
+    worst = summary.get("max_p_over_kd")
+    models = len({cell["model"] for cell in summary["cells"]})
+    text = f"{best} over {kd}: {words.format_share(gain, 1, signed=True)} AUC, mean of {models} VM"
+    text += "" if models == 1 else "s"
+    return text if worst is None else f"{text}, largest p {words.format_small(worst)}"
+
+
+def pretty_arm(arm: str) -> str:
+    """Return the shown name of an arm: `kd_loopfm` gives "VM + KD + LoopFM", `none` "VM"."""
+    return "VM" if arm == "none" else words.pretty_name(f"vm_{arm}")
+
+
+def _check(summary: Mapping[str, Any]) -> None:
+    missing = [name for name in _NEEDED if name not in summary]
+    if missing:
+        raise DataError(
+            f"the summary of an experiment lacks {missing}; run `loopfm experiment` with its config to write it again"
+        )
+
+
+def _variants(summary: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(cell["variant"] for cell in summary["cells"]))
+
+
+def _lines(summary: Mapping[str, Any], variant: str) -> list[Line]:
+    return [_line(cell, summary) for cell in summary["cells"] if cell["variant"] == variant]
+
+
+def _line(cell: Json, summary: Mapping[str, Any]) -> Line:
+    mean, sd = cell["mean"], cell["sd"]
+    plain, kd = (cell.get(f"vs_{summary['roles'][name]}") for name in ("baseline", "kd"))
+    slices = cell.get("slices", {})
+    texts = (
+        words.format_number(mean["ne"]),
+        words.format_number(mean["auc"]),
+        "" if plain is None else words.format_number(plain["auc"]["mean"], signed=True),
+        "" if kd is None else words.format_share(kd["auc_relative"], 1, signed=True),
+        "" if kd is None else words.format_small(kd["auc"]["p"]),
+        words.format_share(cell["transfer_ratio"]),
+        *(words.format_number(slices[s]["auc"]) if s in slices else "" for s in _SLICES),
+    )
+    spreads = tuple(
+        words.format_number(sd[name]) if name in sd else "" for name in ("ne", "auc")
+    ) + ("",) * (len(texts) - 2)
+    arm = cell["arm"]
+    return Line(cell["model"], pretty_arm(arm), _colour(arm), texts, spreads)
+
+
+def _fm_lines(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    lines = []
+    for name, record in summary["fm"].items():
+        tests = list(record["per_seed"].values())
+        ne, auc = (sum(test[key] for test in tests) / len(tests) for key in ("ne", "auc"))
+        count = words.format_count(record["num_parameters"])
+        lines.append((name, words.format_number(ne), words.format_number(auc), count))
+    return lines
+
+
+def _probe_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for name, channel in summary.get("channel", {}).items():
+        probes = channel.get("probe_logloss", {})
+        if probes:
+            text = ", ".join(f"{step} {words.format_number(v)}" for step, v in probes.items())
+            lines.append((name, text))
+    return lines
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    gain = summary.get("relative_auc_gain_over_kd")
+    ratio, over_kd = summary.get("transfer_ratio"), summary.get("transfer_ratio_over_kd")
+    best, kd = (pretty_arm(summary["roles"][name]) for name in ("best", "kd"))
+    tiles = [(words.format_share(gain, 1, signed=True), f"AUC of {best} over {kd}, relative")]
+    tiles.append((words.format_share(ratio), f"transfer ratio of {best}"))
+    tiles.append((f"{words.format_number(over_kd, 1)} ×", f"that of {kd}"))
+    tiles.append((words.format_small(summary.get("max_p_over_kd")), "largest p of a VM, paired"))
+    return tiles
+
+
+def _colour(arm: str) -> str:
+    return f"--model-{_ARM_COLOURS.get(arm, 'other')}"
+
+
+def _auc_figure(summary: Mapping[str, Any]) -> Json:
+    """Return bars of the mean test AUC by model and arm, of the variant at the top."""
+    cells = [cell for cell in summary["cells"] if cell["variant"] == summary["headline_variant"]]
+    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
+    data = []
+    for arm in arms:
+        mine = [cell for cell in cells if cell["arm"] == arm]
+        data.append(
+            {
+                "type": "bar",
+                "name": html.escape(pretty_arm(arm)),
+                "x": [html.escape(cell["model"]) for cell in mine],
+                "y": [cell["mean"]["auc"] for cell in mine],
+                "error_y": {
+                    "type": "data",
+                    "array": [cell["sd"].get("auc", 0.0) for cell in mine],
+                    "color": "--ink",
+                    "thickness": 1,
+                    "width": 2,
+                },
+                "marker": {"color": _colour(arm)},
+                "hovertemplate": "%{x}: %{y:.4f}",
+            }
+        )
+    values = [cell["mean"]["auc"] for cell in cells]
+    low, high = min(values), max(values)
+    pad = 0.1 * (high - low) or 0.01
+    layout = {"barmode": "group", "yaxis": {"range": [low - pad, high + pad]}, "bargap": 0.2}
+    caption = "Mean test AUC over seeds, ± one standard deviation. The axis does not begin at 0."
+    return _figure("auc", "AUC by VM and arm", caption, data, layout)
+
+
+def _variant_figures(summary: Mapping[str, Any]) -> list[Json]:
+    """Return, for each model, the mean AUC of every arm over the variants; none with a single variant."""
+    variants = _variants(summary)
+    if len(variants) < 2:
+        return []
+    figures = []
+    for number, model in enumerate(dict.fromkeys(cell["model"] for cell in summary["cells"])):
+        mine = [cell for cell in summary["cells"] if cell["model"] == model]
+        data = [
+            _variant_trace([cell for cell in mine if cell["arm"] == arm], arm)
+            for arm in dict.fromkeys(cell["arm"] for cell in mine)
+        ]
+        title = f"AUC by variant, {model}"
+        caption = "Mean test AUC over seeds, ± one standard deviation, in the order of the file."
+        layout: Json = {"xaxis": {"type": "category"}}
+        figures.append(_figure(f"variants-{number}", title, caption, data, layout))
+    return figures
+
+
+def _variant_trace(cells: Sequence[Json], arm: str) -> Json:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": html.escape(pretty_arm(arm)),
+        "x": [html.escape(cell["variant"]) for cell in cells],
+        "y": [cell["mean"]["auc"] for cell in cells],
+        "error_y": {"type": "data", "array": [cell["sd"].get("auc", 0.0) for cell in cells]},
+        "line": {"color": _colour(arm), "width": 1.5},
+        "marker": {"color": _colour(arm), "size": 7},
+        "hovertemplate": "%{x}: %{y:.4f}",
+    }
+
+
+def _figure(name: str, title: str, caption: str, data: list[Json], layout: Json) -> Json:
+    return {
+        "id": name,
+        "title": title,
+        "caption": caption,
+        "spec": {"data": data, "layout": layout},
+    }
+
+
+def _row(cells: Sequence[str]) -> str:
+    safe = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(safe)} |"
