@@ -1,15 +1,15 @@
 """The Config base class: closed, frozen pydantic models, read from YAML with dotted overrides.
 
-Order: defaults, the file, then `--set a.b=value`. There is no other source. A value that names a YAML file
-(`--set data=configs/pipeline/online_retail.yaml`) stands for the section of the same name in that file, or for the
-whole file when it has no such section.
+Order: defaults, the file, then `--set a.b=value`. There is no other source. A section that names a YAML file
+(`--set data=configs/pipeline/online_retail.yaml`, or `data: online_retail.yaml` in a file beside it) stands for the section of
+the same name in that file, or for the whole file when it has no such section.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -46,7 +46,7 @@ def load_config(cls: type[ConfigT], path: Path | None, overrides: Sequence[str] 
     Raises:
         ConfigError: the file is missing or no mapping, or a key or value is not accepted.
     """
-    tree = read_yaml(path) if path is not None else {}
+    tree = _with_sections(cls, path) if path is not None else {}
     source = str(path) if path is not None else "the defaults"
     return validate(cls, apply_overrides(tree, overrides), source)
 
@@ -145,10 +145,26 @@ def _override_value(name: str, text: str) -> object:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {name}={text}: the value is not valid YAML: {error}") from error
-    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-        section = read_yaml(Path(value))
-        return section.get(name, section)
-    return value
+    return _section(name, Path(value)) if _is_yaml(value) else value
+
+
+def _with_sections(cls: type[Config], path: Path) -> Tree:
+    """Return the tree of a file; sections that name a file, seen from its folder, are read from there."""
+    tree = read_yaml(path)
+    for name, value in tree.items():
+        field = cls.model_fields.get(name)
+        if _is_yaml(value) and field is not None and field.annotation not in (str, str | None):
+            tree[name] = _section(name, path.parent / value)
+    return tree
+
+
+def _is_yaml(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
+
+
+def _section(name: str, path: Path) -> object:
+    tree = read_yaml(path)
+    return tree.get(name, tree)
 
 
 def _short(value: object) -> str:

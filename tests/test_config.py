@@ -108,6 +108,19 @@ def test_the_hash_follows_every_value():
     assert config_hash(Outer()) == config_hash(Outer())
 
 
+def test_a_section_of_a_file_may_lie_in_another_beside_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("name: base\ninner: {width: 3}\n")
+    (tmp_path / "whole.yaml").write_text("width: 5\n")
+    path = tmp_path / "a.yaml"
+    path.write_text("name: kept.yaml\ninner: base.yaml\n")
+    assert load_config(Outer, path) == Outer(name="kept.yaml", inner=Inner(width=3))
+    path.write_text("inner: whole.yaml\n")
+    assert load_config(Outer, path, ["rate=2"]) == Outer(inner=Inner(width=5), rate=2.0)
+    path.write_text("inner: nothing.yaml\n")
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        load_config(Outer, path)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_loads_and_its_dump_gives_the_same_config(path, tmp_path):
     kind = read_yaml(path).get("kind", "pipeline")
