@@ -4,21 +4,27 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loopfm_ray import __version__, log
+from loopfm_ray.cli_options import (
+    ConfigArgument,
+    FreshOption,
+    JsonOption,
+    SetOption,
+    VerboseOption,
+    find_config,
+)
 from loopfm_ray.config import dump_yaml, load_config
 from loopfm_ray.data.config import to_ts
 from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.terminal import show_progress
 from loopfm_ray.types import TimeRange
 
 __all__ = ["app", "main"]
@@ -37,31 +43,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ConfigArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[CONFIG]",
-        help="A YAML file, or the name of one that comes with the package: complete_journey (default), "
-        "movielens, online_retail, synthetic, ...",
-        show_default=False,
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set one value of the config, such as seeds=[0,1,2] or data=my_log.yaml. May be repeated.",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
-FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Do every stage again, also those that are up to date.")
-]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
-SeedOption = Annotated[int | None, typer.Option(help="The seed; the config's first if not given.")]
 
 
 def main() -> None:
@@ -105,7 +86,7 @@ def demo(
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.pipeline import run_pipeline
 
-    with _progress() as progress:
+    with show_progress() as progress:
         summary = run_pipeline(settings, fresh=fresh, progress=progress)
     _show(summary, settings, as_json)
 
@@ -121,7 +102,7 @@ def _stage_command(name: str, text: str) -> None:
         settings = _load(config, overrides, verbose)
         from loopfm_ray.jobs.pipeline import run_stages
 
-        with _progress() as progress:
+        with show_progress() as progress:
             result = run_stages(settings, name, fresh=fresh, progress=progress)
         _print_result(result, as_json)
 
@@ -154,7 +135,7 @@ def compact(
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.compaction import compact_latents
 
-    with _progress() as progress:
+    with show_progress() as progress:
         result = compact_latents(settings, progress)
     _print_result(result, as_json)
 
@@ -172,7 +153,7 @@ def upgrade(
     from loopfm_ray.jobs.cluster import connect
     from loopfm_ray.jobs.upgrade import upgrade as run_upgrade
 
-    with _progress() as progress, connect(settings.ray):
+    with show_progress() as progress, connect(settings.ray):
         result = run_upgrade(settings, beside, progress=progress)
     _print_result(result, as_json)
 
@@ -202,7 +183,7 @@ def materialize(
     redo = _time_range(start, stop, fresh)
     from loopfm_ray.jobs.pipeline import run_stages
 
-    with _progress() as progress:
+    with show_progress() as progress:
         result = run_stages(settings, "materialize", fresh=fresh, progress=progress, redo=redo)
     _print_result(result, as_json)
 
@@ -249,7 +230,7 @@ def audit(
     settings = _load(config, chosen, verbose)
     from loopfm_ray.jobs.pipeline import run_stages
 
-    with _progress() as progress:
+    with show_progress() as progress:
         result = run_stages(settings, "audit", progress=progress)
     _print_result(result, as_json)
 
@@ -299,7 +280,7 @@ def experiment(
     settings = load_config(ExperimentConfig, find_config(config), overrides or ())
     from loopfm_ray.jobs.experiment import run_experiment
 
-    with _progress() as progress:
+    with show_progress() as progress:
         summary = run_experiment(settings, progress=progress)
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
@@ -308,6 +289,7 @@ def experiment(
 
     write_cells(summary, sys.stdout)
     typer.echo(f"summary: {settings.root / 'summary.json'}")
+    typer.echo(f"report: {settings.root / 'report.html'}")
 
 
 @app.command()
@@ -379,57 +361,6 @@ def _time_range(start: str | None, stop: str | None, fresh: bool) -> TimeRange |
 
 def _moment(text: str) -> int:
     return to_ts(int(text) if text.lstrip("-").isdigit() else text)
-
-
-def find_config(name: str) -> Path:
-    """Return the path of a config: a file, or the name of one that comes with the package.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        return path
-    here = Path(__file__).parent
-    for folder in (here / "_configs", here.parent / "configs"):
-        candidate = folder / "pipeline" / f"{name}.yaml"
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(
-        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
-        " synthetic and the others under configs/pipeline"
-    )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function that shows stages as bars on a terminal, and as one line each elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        seen: set[str] = set()
-
-        def line(stage: str, _done: int, _total: int) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                console.print(f"{stage} ...", highlight=False)
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description:<26}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=max(total, 1))
-
-        yield update
 
 
 def _show(summary: dict[str, Any], settings: PipelineConfig, as_json: bool) -> None:

@@ -6,8 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from loopfm_ray import __version__
-from loopfm_ray.cli import app, find_config
+from loopfm_ray.cli import app
+from loopfm_ray.cli_options import find_config
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.terminal import show_progress
 
 VERBS = [
     "demo",
@@ -120,3 +122,14 @@ def test_a_wrong_range_of_materialize_is_a_mistake_in_the_command(options, words
     result = CliRunner().invoke(app, ["materialize", "synthetic", *options])
     assert isinstance(result.exception, ConfigError)
     assert words in str(result.exception)
+
+
+def test_what_is_printed_while_a_job_runs_leaves_stdout_to_the_summary(capsys):
+    with show_progress() as progress:
+        sys.stdout.write("(raylet) a worker says something\n")
+        progress("join", 0, 1)
+    sys.stdout.write("{}\n")
+    out, err = capsys.readouterr()
+    assert out == "{}\n"
+    assert "a worker says something" in err
+    assert "join ..." in err

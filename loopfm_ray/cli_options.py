@@ -1,0 +1,63 @@
+"""The arguments that the verbs of the command line share, and where a named config lies."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loopfm_ray.errors import ConfigError
+
+__all__ = [
+    "ConfigArgument",
+    "FreshOption",
+    "JsonOption",
+    "SeedOption",
+    "SetOption",
+    "VerboseOption",
+    "find_config",
+]
+
+ConfigArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CONFIG]",
+        help="A YAML file, or the name of one that comes with the package: complete_journey (default), "
+        "movielens, online_retail, synthetic, ...",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one value of the config, such as seeds=[0,1,2] or data=my_log.yaml. May be repeated.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Do every stage again, also those that are up to date.")
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
+SeedOption = Annotated[int | None, typer.Option(help="The seed; the config's first if not given.")]
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config: a file, or the name of one that comes with the package.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    here = Path(__file__).parent
+    for folder in (here / "_configs", here.parent / "configs"):
+        candidate = folder / "pipeline" / f"{name}.yaml"
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(
+        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
+        " synthetic and the others under configs/pipeline"
+    )
