@@ -4,6 +4,7 @@ Like the page of a run, this one loads nothing from the network, and the same su
 """
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,16 @@ _ARM_COLOURS = {
     "kd_loopfm": "vm-kd-loopfm",
     "raw": "vm-raw",
 }
+_OTHER_COLOURS = (
+    "#65a30d",
+    "#db2777",
+    "#0d9488",
+    "#9333ea",
+    "#ca8a04",
+    "#dc2626",
+    "#2563eb",
+    "#78716c",
+)
 _COLUMNS = ("NE", "AUC", "AUC gain", "over KD", "p", "Transfer ratio", "first", "short", "long")
 _SLICES = ("first", "short", "long")
 
@@ -129,8 +140,10 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def pretty_arm(arm: str) -> str:
-    """Return the shown name of an arm: `kd_loopfm` gives "VM + KD + LoopFM", `none` "VM"."""
-    return "VM" if arm == "none" else words.pretty_name(f"vm_{arm}")
+    """Return the shown name of an arm: `kd_loopfm` gives "VM + KD + LoopFM", `none` "VM"; others stay as they are."""
+    if arm == "none":
+        return "VM"
+    return words.pretty_name(f"vm_{arm}") if words.is_known(arm) else arm
 
 
 def _check(summary: Mapping[str, Any]) -> None:
@@ -146,10 +159,15 @@ def _variants(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _lines(summary: Mapping[str, Any], variant: str) -> list[Line]:
-    return [_line(cell, summary) for cell in summary["cells"] if cell["variant"] == variant]
+    colours = _colours(summary)
+    return [
+        _line(cell, summary, _css(colours[cell["arm"]]))
+        for cell in summary["cells"]
+        if cell["variant"] == variant
+    ]
 
 
-def _line(cell: Json, summary: Mapping[str, Any]) -> Line:
+def _line(cell: Json, summary: Mapping[str, Any], colour: str) -> Line:
     mean, sd = cell["mean"], cell["sd"]
     plain, kd = (cell.get(f"vs_{summary['roles'][name]}") for name in ("baseline", "kd"))
     slices = cell.get("slices", {})
@@ -165,8 +183,7 @@ def _line(cell: Json, summary: Mapping[str, Any]) -> Line:
     spreads = tuple(
         words.format_number(sd[name]) if name in sd else "" for name in ("ne", "auc")
     ) + ("",) * (len(texts) - 2)
-    arm = cell["arm"]
-    return Line(cell["model"], pretty_arm(arm), _colour(arm), texts, spreads)
+    return Line(cell["model"], pretty_arm(cell["arm"]), colour, texts, spreads)
 
 
 def _fm_lines(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -200,16 +217,24 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _colour(arm: str) -> str:
-    return f"--model-{_ARM_COLOURS.get(arm, 'other')}"
+def _colours(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the colour of each arm: a CSS variable for the usual ones, else one of its own as long as there are any."""
+    arms = dict.fromkeys(cell["arm"] for cell in summary["cells"])
+    others = itertools.cycle(_OTHER_COLOURS)
+    return {
+        arm: f"--model-{_ARM_COLOURS[arm]}" if arm in _ARM_COLOURS else next(others) for arm in arms
+    }
+
+
+def _css(colour: str) -> str:
+    return f"var({colour})" if colour.startswith("--") else colour
 
 
 def _auc_figure(summary: Mapping[str, Any]) -> Json:
     """Return bars of the mean test AUC by model and arm, of the variant at the top."""
     cells = [cell for cell in summary["cells"] if cell["variant"] == summary["headline_variant"]]
-    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     data = []
-    for arm in arms:
+    for arm, colour in _colours(summary).items():
         mine = [cell for cell in cells if cell["arm"] == arm]
         data.append(
             {
@@ -224,7 +249,7 @@ def _auc_figure(summary: Mapping[str, Any]) -> Json:
                     "thickness": 1,
                     "width": 2,
                 },
-                "marker": {"color": _colour(arm)},
+                "marker": {"color": colour},
                 "hovertemplate": "%{x}: %{y:.4f}",
             }
         )
@@ -241,11 +266,11 @@ def _variant_figures(summary: Mapping[str, Any]) -> list[Json]:
     variants = _variants(summary)
     if len(variants) < 2:
         return []
-    figures = []
+    figures, colours = [], _colours(summary)
     for number, model in enumerate(dict.fromkeys(cell["model"] for cell in summary["cells"])):
         mine = [cell for cell in summary["cells"] if cell["model"] == model]
         data = [
-            _variant_trace([cell for cell in mine if cell["arm"] == arm], arm)
+            _variant_trace([cell for cell in mine if cell["arm"] == arm], arm, colours[arm])
             for arm in dict.fromkeys(cell["arm"] for cell in mine)
         ]
         title = f"AUC by variant, {model}"
@@ -255,7 +280,7 @@ def _variant_figures(summary: Mapping[str, Any]) -> list[Json]:
     return figures
 
 
-def _variant_trace(cells: Sequence[Json], arm: str) -> Json:
+def _variant_trace(cells: Sequence[Json], arm: str, colour: str) -> Json:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -263,8 +288,8 @@ def _variant_trace(cells: Sequence[Json], arm: str) -> Json:
         "x": [html.escape(cell["variant"]) for cell in cells],
         "y": [cell["mean"]["auc"] for cell in cells],
         "error_y": {"type": "data", "array": [cell["sd"].get("auc", 0.0) for cell in cells]},
-        "line": {"color": _colour(arm), "width": 1.5},
-        "marker": {"color": _colour(arm), "size": 7},
+        "line": {"color": colour, "width": 1.5},
+        "marker": {"color": colour, "size": 7},
         "hovertemplate": "%{x}: %{y:.4f}",
     }
 

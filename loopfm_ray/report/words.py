@@ -16,6 +16,7 @@ __all__ = [
     "format_share",
     "format_small",
     "headline",
+    "is_known",
     "model_order",
     "pretty_name",
     "subline",
@@ -89,6 +90,11 @@ def data_notes(summary: Summary) -> list[str]:
 def pretty_name(key: str) -> str:
     """Return the shown name of a model key: `vm_kd_loopfm` gives "VM + KD + LoopFM"."""
     return " + ".join(_PARTS.get(part, part) for part in key.split("_") if part) or key
+
+
+def is_known(key: str) -> bool:
+    """Return whether every part of a model key has a shown name of its own."""
+    return all(part in _PARTS for part in key.split("_"))
 
 
 def colour_key(key: str) -> str:

@@ -83,6 +83,16 @@ def test_the_page_holds_the_numbers_and_runs_no_name_as_html():
     assert render_grid(grid_summary()) == page
 
 
+def test_an_arm_of_ones_own_keeps_its_name_and_has_a_colour_of_its_own():
+    figures = json.loads(
+        re.search(r'id="figures">(.*?)</script>', render_grid(grid_summary()), re.DOTALL)[1]
+    )
+    colours = {t["name"]: t["marker"]["color"] for t in figures["auc"]["data"]}
+    assert colours["own|arm"].startswith("#")
+    assert colours["VM"] == "--model-vm"
+    assert len(set(colours.values())) == 4
+
+
 def test_both_files_are_written_and_a_summary_of_something_else_is_refused(tmp_path):
     page = build_grid_report(grid_summary(), tmp_path)
     assert page.read_text().startswith("<!doctype html>")
