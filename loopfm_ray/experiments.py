@@ -17,8 +17,8 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.history.bucket import BLOCK_ROWS
 from loopfm_ray.history.freshness import FreshnessConfig
+from loopfm_ray.history.settings import BLOCK_ROWS, JoinSettings, StoredSide
 from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.dnn import DnnConfig
@@ -112,6 +112,15 @@ class FmStageConfig(Config):
     """The newest rows of the FM's training window, on whose embeddings the bottleneck is fitted."""
 
 
+class StoredSideConfig(Config):
+    """What the histories hold of an event beside its latent. A VM reads it with `side` of its own histories."""
+
+    label: str | None = None
+    """The task whose label is kept, with the time at which it was known; readers do not tell it earlier."""
+    event_type: str | None = None
+    """The categorical field of the request's context that is kept as the kind of event."""
+
+
 class HistoryStageConfig(Config):
     """What a history is."""
 
@@ -128,6 +137,11 @@ class HistoryStageConfig(Config):
     """Rows of a file of latents that `loopfm compact` makes, about."""
     block_rows: PositiveInt = BLOCK_ROWS
     """Rows that a task of the join holds at once, which bounds its memory; no byte of the answer depends on it."""
+    with_own_latent: bool = False
+    """Whether requests get the latent of their own row, as a code of `bits` a number, in memory and on disk. `fitnets` and
+    `reads_teacher_latent` read it; nothing that serves can."""
+    side: StoredSideConfig = StoredSideConfig()
+    """What the histories hold of an event beside its latent."""
 
     @model_validator(mode="after")
     def _keeps_what_histories_reach(self) -> Self:
@@ -137,6 +151,17 @@ class HistoryStageConfig(Config):
                 " a history would lack events that it may hold"
             )
         return self
+
+    @property
+    def join(self) -> JoinSettings:
+        """What the join is asked for."""
+        return JoinSettings(
+            max_len=self.max_len,
+            retention_us=self.retention_us,
+            block_rows=self.block_rows,
+            with_own_latent=self.with_own_latent,
+            side=StoredSide(self.side.label, self.side.event_type),
+        )
 
     @property
     def retention_us(self) -> int | None:

@@ -206,6 +206,7 @@ def _rules(versions: _Versions) -> Rules:
         trained_until_ts,
         meta["kept_from_ts"],
         meta["delay_us"],
+        own["with_own_latent"],
     )
 
 

@@ -28,6 +28,7 @@ class Rules(NamedTuple):
     trained_until_ts: int
     kept_from_ts: int
     delay_us: int
+    with_own_latent: bool
 
 
 class Bucket(NamedTuple):
@@ -91,6 +92,8 @@ def _check_teacher(request: Row, bucket: Bucket, rules: Rules) -> Iterator[str]:
     yield from _check_stored(request["example_id"], bucket, rules)
     if request["teacher_prob"] != stored.fm_prob:
         yield f"teacher_prob is {request['teacher_prob']}, the snapshot gave {stored.fm_prob}"
+    if rules.with_own_latent and request.get("teacher_code") != stored.entry.code:
+        yield "teacher_code is not the code of the request's own row in the latents version"
 
 
 def _check_stored(example_id: int, bucket: Bucket, rules: Rules) -> Iterator[str]:

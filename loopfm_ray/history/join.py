@@ -10,17 +10,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.prepare import Mapper, serial
-from loopfm_ray.errors import LeakError, StoreError
-from loopfm_ray.history.bucket import (
+from loopfm_ray.errors import ConfigError, LeakError, StoreError
+from loopfm_ray.history.bucket import join_bucket
+from loopfm_ray.history.settings import (
     JoinSettings,
     JoinStats,
     JoinTask,
-    join_bucket,
+    StoredSide,
     merge_stats,
 )
-from loopfm_ray.store.cache import VersionFile, open_version
+from loopfm_ray.store.cache import Version, VersionFile, open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage
 from loopfm_ray.store.space import Space
@@ -30,7 +33,9 @@ __all__ = [
     "JoinSettings",
     "JoinStats",
     "JoinTask",
+    "StoredSide",
     "join_bucket",
+    "joined_hash",
     "joined_meta",
     "merge_stats",
     "plan_join",
@@ -51,6 +56,7 @@ def plan_join(
 
     Raises:
         LeakError: the range begins before the snapshot may embed.
+        ConfigError: the examples lack what is to be kept of events.
         StoreError: there are no examples in the range, or the latents stop before its end.
     """
     version = open_version(prepared)
@@ -63,22 +69,48 @@ def plan_join(
         )
     origin_ts, period_us = manifest.meta["period_origin_ts"], manifest.meta["period_us"]
     files: dict[int, list[tuple[int, VersionFile]]] = {}
+    earlier: dict[int, list[tuple[int, VersionFile]]] = {}
     for entry in manifest.files:
         match = _EXAMPLES.fullmatch(entry.path)
         if match is None:
             continue
         bucket, period = int(match[1]), int(match[2])
         begin = origin_ts + period * period_us
-        if begin < time_range.stop_ts and begin + period_us > time_range.start_ts:
-            files.setdefault(bucket, []).append((period, VersionFile(version, entry.path)))
+        if begin >= time_range.stop_ts or begin + period_us <= meta["kept_from_ts"]:
+            continue
+        found = files if begin + period_us > time_range.start_ts else earlier
+        found.setdefault(bucket, []).append((period, VersionFile(version, entry.path)))
     if not files:
         raise StoreError(
             f"{prepared} has no examples from {time_range.start_ts} to {time_range.stop_ts}; check data.split"
         )
+    _check_side(version, settings.side)
     return [
-        JoinTask(bucket, _by_period(found), latents, out_dir, time_range, settings)
+        JoinTask(
+            bucket,
+            _by_period(found),
+            latents,
+            out_dir,
+            time_range,
+            settings,
+            _by_period(earlier.get(bucket, [])),
+        )
         for bucket, found in sorted(files.items())
     ]
+
+
+def _check_side(prepared: Version, side: StoredSide) -> None:
+    """Check that the examples have what is to be kept of events."""
+    if not side.origins:
+        return
+    first = next(e.path for e in prepared.manifest.files if _EXAMPLES.fullmatch(e.path))
+    known = pq.read_schema(prepared.path(first)).names
+    for name, origin in side.origins.items():
+        if origin not in known:
+            raise ConfigError(
+                f"history.side.{name} is {origin!r}, which is no column of the examples of {prepared.location}, they have"
+                f" {known}; name one of them"
+            )
 
 
 def _by_period(files: list[tuple[int, VersionFile]]) -> tuple[tuple[int, VersionFile], ...]:
@@ -107,14 +139,17 @@ def write_joined(
         return commit(
             staged,
             kind="joined",
-            config_hash=config_hash(
-                settings.max_len, settings.retention_us, time_range.start_ts, time_range.stop_ts
-            ),
+            config_hash=joined_hash(settings, time_range),
             inputs={"prepared": origin.version, "latents": source.content},
             meta=joined_meta(origin, source, time_range, settings, stats),
             num_rows=stats.num_requests,
             replace_other=replace_other,
         )
+
+
+def joined_hash(settings: JoinSettings, time_range: TimeRange) -> str:
+    """Return the config hash of a joined version."""
+    return config_hash(settings.content, time_range.start_ts, time_range.stop_ts)
 
 
 def joined_meta(
@@ -132,6 +167,8 @@ def joined_meta(
         "latents_version": latents.content,
         "max_len": settings.max_len,
         "retention_us": settings.retention_us,
+        "with_own_latent": settings.with_own_latent,
+        "side": settings.side.origins,
         "start_ts": time_range.start_ts,
         "stop_ts": time_range.stop_ts,
         "coverage": stats.coverage,

@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from loopfm_ray.data.runs import runs
+from loopfm_ray.store.tables import code_bytes, code_column
 
 __all__ = ["Answers", "Spill"]
 
@@ -97,7 +98,7 @@ class Spill:
 
 
 class Answers:
-    """Columns of numbers that are found in any order of rows and read in order; close it at the end."""
+    """Columns of numbers and codes (uint8 [N, bytes]) that are found in any order of rows and read in order; close it at the end."""
 
     def __init__(self, schema: Any, folder: Path, block_rows: int) -> None:
         """Begin with no rows; for the arguments see `Spill`."""
@@ -114,7 +115,7 @@ class Answers:
     def add(self, position: Ints, *columns: NDArray[Any]) -> None:
         """Take the values of the rows at `position`, [N] each."""
         arrays = [
-            pa.array(values, field.type)
+            code_column(values) if values.ndim == 2 else pa.array(values, field.type)
             for values, field in zip((position, *columns), self._schema, strict=True)
         ]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
@@ -138,8 +139,10 @@ class Answers:
             where = table.column("position").to_numpy() - chunk * self._block_rows
             self._rows = {}
             for field in list(self._schema)[1:]:
-                values = table.column(field.name).to_numpy()
-                placed = np.empty(len(values), dtype=values.dtype)
+                column = table.column(field.name)
+                is_code = pa.types.is_fixed_size_binary(field.type)
+                values = code_bytes(column) if is_code else column.to_numpy()
+                placed = np.empty_like(values)
                 placed[where] = values
                 self._rows[field.name] = placed
             self._chunk = chunk

@@ -197,6 +197,14 @@ def teacher_of_another_row(case):
     case.save()
 
 
+@plant("teacher_code is not the code")
+def own_latent_of_another_row(case):
+    first, second = case.requests[:2]
+    assert first["teacher_code"] != second["teacher_code"]
+    first["teacher_code"] = second["teacher_code"]
+    case.save()
+
+
 @plant("the snapshot gave")
 def teacher_of_another_snapshot(case):
     for row in case.requests:

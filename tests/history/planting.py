@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loopfm_ray.history.audit import audit
-from loopfm_ray.history.bucket import HISTORY_COLUMNS
 from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.history.slices import HISTORY_COLUMNS
 from loopfm_ray.store.manifest import commit, read_manifest, stage, write_manifest
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.rows import Rule, read_rows, write_rows
@@ -20,7 +20,7 @@ from tests.oracles import paths
 MAX_LEN = 6
 DELAY_US = 3 * paths.HOUR_US
 RETENTION_US = 9 * paths.DAY_US
-SETTINGS = JoinSettings(MAX_LEN, RETENTION_US)
+SETTINGS = JoinSettings(MAX_LEN, RETENTION_US, with_own_latent=True)
 SNAPSHOT = "snap"
 
 

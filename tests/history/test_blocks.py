@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loopfm_ray.errors import StoreError
 from loopfm_ray.history import blocks, slabs, spill
-from loopfm_ray.history.bucket import JoinSettings, JoinTask, join_bucket
+from loopfm_ray.history.join import JoinSettings, JoinTask, join_bucket
 from loopfm_ray.store import columns, tables
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.rows import LATENTS_FORMAT, Rule, latents_schema, write_rows
@@ -62,7 +62,7 @@ def logs(draw, max_rows=40):
         is_event=draw(st.lists(st.sampled_from([True, True, False]), **each)),
         start_ts=start_ts,
         stop_ts=draw(st.integers(start_ts + 1, last_ts + 3)),
-        settings=JoinSettings(draw(st.integers(1, 6)), retention_us),
+        settings=JoinSettings(draw(st.integers(1, 6)), retention_us, with_own_latent=True),
     )
 
 
