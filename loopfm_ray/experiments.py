@@ -142,6 +142,19 @@ class HistoryStageConfig(Config):
     `reads_teacher_latent` read it; nothing that serves can."""
     side: StoredSideConfig = StoredSideConfig()
     """What the histories hold of an event beside its latent."""
+    keys: tuple[tuple[str, ...], ...] = ()
+    """Whose histories are joined beside the user's: `[[item], [user, category]]` gives `latent_by_item` and
+    `latent_by_user_category`. Parts are `user`, `item` and categorical fields of their tables."""
+
+    @model_validator(mode="after")
+    def _keys_are_others(self) -> Self:
+        wrong = [list(k) for k in self.keys if not k or k == ("user",) or len(set(k)) < len(k)]
+        if wrong or len(set(self.keys)) < len(self.keys):
+            raise ConfigError(
+                f"history.keys must list different keys of different parts, and not [user], which is always there; found"
+                f" {[list(k) for k in self.keys]}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _keeps_what_histories_reach(self) -> Self:
@@ -161,6 +174,7 @@ class HistoryStageConfig(Config):
             block_rows=self.block_rows,
             with_own_latent=self.with_own_latent,
             side=StoredSide(self.side.label, self.side.event_type),
+            keys=self.keys,
         )
 
     @property

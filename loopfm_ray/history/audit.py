@@ -207,6 +207,7 @@ def _rules(versions: _Versions) -> Rules:
         meta["kept_from_ts"],
         meta["delay_us"],
         own["with_own_latent"],
+        tuple(own["side"]),
     )
 
 
@@ -305,10 +306,10 @@ def _read_requests(
 def _read_bucket(versions: _Versions, bucket: int, requests: list[dict[str, Any]]) -> Bucket:
     """Read what the other versions say of the users of these requests, and of those in their histories."""
     slices = [(row["latent_start"], row["latent_len"]) for row in requests]
-    entries, num_rows = read_entries(versions.joined, bucket, slices)
+    entries, num_rows = read_entries(versions.joined, f"history/bucket={bucket:03d}.arrow", slices)
     users = {row["user"] for row in requests} | {entry.user for entry in entries.values()}
     wanted = ({row["example_id"] for row in requests}, versions.range_ts)
-    origin = read_origin(versions.prepared, bucket, users, wanted)
+    origin = read_origin(versions.prepared, bucket, users, wanted, versions.manifest.meta["side"])
     return Bucket(origin, read_stored(versions.latents, bucket, users), entries, num_rows)
 
 

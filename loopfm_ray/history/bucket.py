@@ -16,6 +16,7 @@ import pyarrow as pa
 from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE
 from loopfm_ray.errors import StoreError
 from loopfm_ray.history.blocks import Block
+from loopfm_ray.history.keyed import KeyedAnswers
 from loopfm_ray.history.rows import BucketRows, history_schema
 from loopfm_ray.history.settings import JoinStats, JoinTask
 from loopfm_ray.history.slices import Histories, SlicePlan, numpy_columns
@@ -61,6 +62,7 @@ class _BucketJoin:
             fields.append(("code", pa.binary(self._rows.spec.num_bytes)))
         teacher = Answers(pa.schema(fields), task.out_dir, task.settings.block_rows)
         self._teacher = stack.enter_context(closing(teacher))
+        self._keyed = [KeyedAnswers(task, key, stack) for key in task.settings.keys]
         self._num_missing = 0
         self._first_missing = (_NONE, 0)
         self._num_written = 0
@@ -101,6 +103,8 @@ class _BucketJoin:
                 columns[TEACHER_CODE] = code_column(teacher["code"])
             columns[f"{USER_SOURCE}_start"] = pa.array(start, pa.int64())
             columns[f"{USER_SOURCE}_len"] = pa.array(length, pa.int32())
+            for answers in self._keyed:
+                columns |= {name: pa.array(v) for name, v in answers.columns(*span).items()}
             for name, values in columns.items():
                 table = table.append_column(name, values)
             yield table

@@ -29,6 +29,7 @@ class Rules(NamedTuple):
     kept_from_ts: int
     delay_us: int
     with_own_latent: bool
+    side: tuple[str, ...] = ()
 
 
 class Bucket(NamedTuple):
@@ -134,15 +135,18 @@ def _check_entry(entry: Entry, request: Row, bucket: Bucket, rules: Rules) -> It
     if stored is None or not stored.fact.is_event:
         yield f"event {number} is no event of the latents version"
         return
-    if entry != stored.entry:
+    if entry._replace(side=()) != stored.entry:
         fields = [
-            name for name in entry._fields if getattr(entry, name) != getattr(stored.entry, name)
+            name
+            for name in entry._fields
+            if name != "side" and getattr(entry, name) != getattr(stored.entry, name)
         ]
         yield f"event {number} differs from the latents version in {fields}"
     yield from _check_stored(number, bucket, rules)
     fact = bucket.origin.facts.get(number)
     if fact is None:
         return
+    yield from _check_side(entry, bucket, rules)
     if number == request["example_id"]:
         yield "history holds the request's own event"
     if fact.user != request["user"]:
@@ -154,6 +158,16 @@ def _check_entry(entry: Entry, request: Row, bucket: Bucket, rules: Rules) -> It
         yield f"event {number} was available at {ready_ts}, after {request_ts}"
     if rules.retention_us is not None and request_ts - fact.event_ts > rules.retention_us:
         yield f"event {number} is older than the retention"
+
+
+def _check_side(entry: Entry, bucket: Bucket, rules: Rules) -> Iterator[str]:
+    """Compare what stands beside an event with the prepared version; readers tell no label before `label_ts`."""
+    expected = {name: bucket.origin.sides[entry.example_id][name] for name in rules.side}
+    if "label" in expected:
+        expected["label_ts"] = bucket.origin.facts[entry.example_id].label_ts
+    found = dict(entry.side)
+    if found != expected:
+        yield f"event {entry.example_id} has {found} beside it, the prepared version gives {expected}"
 
 
 def _check_choice(

@@ -4,7 +4,7 @@ The prepared version is the origin: it says what happened, when and when it was 
 predictions, and is itself checked against the origin. Only rows of the users that are asked for become Python objects.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ __all__ = ["Entry", "Fact", "Origin", "Stored", "read_entries", "read_origin", "
 # Any below: pyarrow ships no types.
 Table = Any
 
+_ENTRY = ("event_ts", "example_id", "user", "item", "available_ts", "code")
+_SIDE = ("label", "label_ts", "event_type")
 _FACTS = ("user", "item", "event_ts", "label_ts", "is_event")
 
 
@@ -43,6 +45,8 @@ class Entry(NamedTuple):
     item: int
     available_ts: int
     code: bytes
+    side: tuple[tuple[str, Any], ...] = ()
+    """What stands beside the event: `(column, value)`."""
 
 
 class Stored(NamedTuple):
@@ -64,6 +68,7 @@ class Origin(NamedTuple):
         raw_ids: the example_id of each row of the events table.
         raw_faults: what is wrong with rows of the events table, by example_id.
         item_values: for each counted field of the item table, its value by item.
+        sides: what stands beside an event, by example_id and then by the column of a history.
         is_waiting: whether an event is readable only once its label is known.
         raw_max_len: the longest raw history, None when the version has none.
     """
@@ -75,6 +80,7 @@ class Origin(NamedTuple):
     raw_ids: list[int]
     raw_faults: dict[int, str]
     item_values: dict[str, list[int]]
+    sides: dict[int, dict[str, Any]]
     is_waiting: bool
     raw_max_len: int | None
 
@@ -83,18 +89,19 @@ def read_stored(reader: LatentsReader, bucket: int, users: Iterable[int]) -> dic
     """Return the rows of these users in one bucket of a latents version, by example_id."""
     stored = {}
     for row in _of_users(reader.read_bucket(bucket), users).to_pylist():
-        stored[row["example_id"]] = Stored(_fact(row), _entry(row), row["fm_prob"])
+        entry = _entry(row)._replace(side=())
+        stored[row["example_id"]] = Stored(_fact(row), entry, row["fm_prob"])
     return stored
 
 
 def read_entries(
-    joined: Version, bucket: int, slices: Sequence[tuple[int, int]]
+    joined: Version, name: str, slices: Sequence[tuple[int, int]]
 ) -> tuple[dict[int, Entry], int]:
-    """Return the entries that slices `(start, length)` of the history table name, by row, and the rows of the table.
+    """Return the entries that slices `(start, length)` of a table of histories name, by row, and the rows of the table.
 
-    Rows outside of the table are left out.
+    Rows outside of the table are left out. `name` is that of the table in the joined version.
     """
-    table = map_ipc(joined.path(f"history/bucket={bucket:03d}.arrow"))
+    table = map_ipc(joined.path(name))
     rows = {
         row
         for start, length in slices
@@ -111,6 +118,7 @@ def read_origin(
     bucket: int,
     users: Iterable[int],
     wanted: tuple[set[int], tuple[int, int]],
+    side: Mapping[str, str],
 ) -> Origin:
     """Return what the prepared version says of these users.
 
@@ -119,10 +127,12 @@ def read_origin(
         bucket: the bucket of the users.
         users: their ids.
         wanted: example ids of the requests whose whole rows are needed, and the half-open time range of all requests.
+        side: the column of the examples for each side information of a history.
     """
     request_ids, (start_ts, stop_ts) = wanted
     users = sorted(set(users))
     facts: dict[int, Fact] = {}
+    sides: dict[int, dict[str, Any]] = {}
     requests: dict[int, dict[str, Any]] = {}
     all_ids: list[int] = []
     manifest = prepared.manifest
@@ -135,8 +145,10 @@ def read_origin(
         all_ids += table.column("example_id").filter(in_range).to_pylist()
         chosen = pc.is_in(table.column("example_id"), pa.array(sorted(request_ids), pa.int64()))
         requests |= {row["example_id"]: row for row in table.filter(chosen).to_pylist()}
-        few = _of_users(table.select(["example_id", *_FACTS]), users)
-        facts |= {row["example_id"]: _fact(row) for row in few.to_pylist()}
+        columns = list(dict.fromkeys(["example_id", *_FACTS, *side.values()]))
+        for row in _of_users(table.select(columns), users).to_pylist():
+            facts[row["example_id"]] = _fact(row)
+            sides[row["example_id"]] = {name: row[origin] for name, origin in side.items()}
     by_user: dict[int, list[tuple[int, int]]] = {user: [] for user in users}
     for example_id, fact in facts.items():
         if fact.is_event:
@@ -153,6 +165,7 @@ def read_origin(
         raw_ids=raw_ids,
         raw_faults=raw_faults,
         item_values=_item_values(prepared, requests),
+        sides=sides,
         is_waiting=is_waiting,
         raw_max_len=manifest.meta.get("raw_max_len"),
     )
@@ -203,4 +216,5 @@ def _fact(row: dict[str, Any]) -> Fact:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    return Entry(*(row[name] for name in Entry._fields))
+    own = [row[name] for name in _ENTRY]
+    return Entry(*own, tuple((name, row[name]) for name in _SIDE if name in row))

@@ -11,7 +11,15 @@ from loopfm_ray.store.cache import VersionFile
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.types import TimeRange
 
-__all__ = ["BLOCK_ROWS", "JoinSettings", "JoinStats", "JoinTask", "StoredSide", "merge_stats"]
+__all__ = [
+    "BLOCK_ROWS",
+    "JoinSettings",
+    "JoinStats",
+    "JoinTask",
+    "KeyedPlaces",
+    "StoredSide",
+    "merge_stats",
+]
 
 BLOCK_ROWS = 2_000_000
 """Rows of a block, if nothing else is asked for."""
@@ -71,6 +79,14 @@ class JoinSettings:
 
 
 @dataclass(frozen=True)
+class KeyedPlaces:
+    """Where the answers of the places of all keys wait for the buckets of users."""
+
+    folder: Path
+    num_places: int
+
+
+@dataclass(frozen=True)
 class JoinTask:
     """What `join_bucket` needs to know.
 
@@ -82,6 +98,7 @@ class JoinTask:
         time_range: of the requests.
         settings: what is asked for.
         earlier: files of examples before the requests, whose events may be in a history; needed with `settings.side`.
+        keyed: where the answers of `settings.keys` wait; none without keys.
     """
 
     bucket: int
@@ -91,6 +108,7 @@ class JoinTask:
     time_range: TimeRange
     settings: JoinSettings
     earlier: ExampleFiles = ()
+    keyed: KeyedPlaces | None = None
 
 
 @dataclass(frozen=True)

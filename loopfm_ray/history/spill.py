@@ -3,6 +3,7 @@
 Files have no name, so a killed process leaves none. What fits into a block never leaves memory.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,13 +15,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from loopfm_ray.data.runs import runs
-from loopfm_ray.store.tables import code_bytes, code_column
+from loopfm_ray.store.tables import code_bytes, code_column, write_atomically
 
-__all__ = ["Answers", "Spill"]
+__all__ = ["Answers", "Spill", "keep", "kept_tables"]
 
 # Any below: pyarrow ships no types.
 Table = Any
 Ints = NDArray[np.int64]
+
+_INDEX = b"loopfm.places"
 
 
 class Spill:
@@ -51,6 +54,16 @@ class Spill:
         """Forget all rows."""
         self._held.clear()
         self._stack.close()
+
+    @property
+    def schema(self) -> Any:
+        """Of the rows."""
+        return self._schema
+
+    @property
+    def places(self) -> list[int]:
+        """The places that have rows, rising."""
+        return sorted(self._num_rows)
 
     def num_rows(self, place: int) -> int:
         """Return the rows of one place."""
@@ -95,6 +108,40 @@ class Spill:
             self._writer.close()
             self._file.flush()
             self._reader = pa.ipc.open_file(pa.PythonFile(self._file, mode="r"))
+
+
+def keep(spill: Spill, path: Path) -> None:
+    """Write the rows of all places to one Arrow file, whole or not at all, from which `kept_tables` reads a place."""
+    index, number = {}, 0
+    for place in spill.places:
+        num_tables = sum(1 for _ in spill.tables(place))
+        index[place] = (number, num_tables)
+        number += num_tables
+    schema = spill.schema.with_metadata({_INDEX: json.dumps(index)})
+
+    def write(staged: Path) -> None:
+        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for place in index:
+                for table in spill.tables(place):
+                    writer.write_batch(_one_batch(table, schema))
+
+    write_atomically(path, write)
+
+
+def kept_tables(path: Path, place: int) -> Iterator[Table]:
+    """Yield what `Spill.tables` gave of one place when `keep` wrote it."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        index = json.loads(reader.schema.metadata[_INDEX])
+        first, num_tables = index.get(str(place), (0, 0))
+        for number in range(first, first + num_tables):
+            table = pa.Table.from_batches([reader.get_batch(number)])
+            yield table.replace_schema_metadata(None)
+
+
+def _one_batch(table: Table, schema: Any) -> Any:
+    arrays = [column.combine_chunks() for column in table.columns]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 class Answers:
