@@ -16,7 +16,17 @@ from loopfm_ray.store.cache import Version
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.tables import map_ipc, read_parquet
 
-__all__ = ["Entry", "Fact", "Origin", "Stored", "read_entries", "read_origin", "read_stored"]
+__all__ = [
+    "Entry",
+    "Fact",
+    "Origin",
+    "Stored",
+    "entry_of",
+    "fact_of",
+    "read_entries",
+    "read_origin",
+    "read_stored",
+]
 
 # Any below: pyarrow ships no types.
 Table = Any
@@ -62,7 +72,7 @@ class Origin(NamedTuple):
 
     Attributes:
         facts: their rows by example_id.
-        by_user: `(event_ts, example_id)` of their events, rising.
+        by_owner: `(event_ts, example_id)` of the events of each user, or of each key, rising.
         requests: the whole rows of the requests that were asked for, by example_id.
         request_ids: example ids of all requests of the bucket in the joined time range, with repetitions.
         raw_ids: the example_id of each row of the events table.
@@ -74,7 +84,7 @@ class Origin(NamedTuple):
     """
 
     facts: dict[int, Fact]
-    by_user: dict[int, list[tuple[int, int]]]
+    by_owner: dict[Any, list[tuple[int, int]]]
     requests: dict[int, dict[str, Any]]
     request_ids: list[int]
     raw_ids: list[int]
@@ -89,8 +99,8 @@ def read_stored(reader: LatentsReader, bucket: int, users: Iterable[int]) -> dic
     """Return the rows of these users in one bucket of a latents version, by example_id."""
     stored = {}
     for row in _of_users(reader.read_bucket(bucket), users).to_pylist():
-        entry = _entry(row)._replace(side=())
-        stored[row["example_id"]] = Stored(_fact(row), entry, row["fm_prob"])
+        entry = entry_of(row)._replace(side=())
+        stored[row["example_id"]] = Stored(fact_of(row), entry, row["fm_prob"])
     return stored
 
 
@@ -109,7 +119,7 @@ def read_entries(
     }
     order = sorted(rows)
     taken = table.take(pa.array(order, pa.int64())).to_pylist()
-    entries = {row: _entry(item) for row, item in zip(order, taken, strict=True)}
+    entries = {row: entry_of(item) for row, item in zip(order, taken, strict=True)}
     return entries, table.num_rows
 
 
@@ -147,7 +157,7 @@ def read_origin(
         requests |= {row["example_id"]: row for row in table.filter(chosen).to_pylist()}
         columns = list(dict.fromkeys(["example_id", *_FACTS, *side.values()]))
         for row in _of_users(table.select(columns), users).to_pylist():
-            facts[row["example_id"]] = _fact(row)
+            facts[row["example_id"]] = fact_of(row)
             sides[row["example_id"]] = {name: row[origin] for name, origin in side.items()}
     by_user: dict[int, list[tuple[int, int]]] = {user: [] for user in users}
     for example_id, fact in facts.items():
@@ -159,7 +169,7 @@ def read_origin(
     raw_ids, raw_faults = _read_raw(prepared, bucket, users, facts, is_waiting)
     return Origin(
         facts=facts,
-        by_user=by_user,
+        by_owner=by_user,
         requests=requests,
         request_ids=all_ids,
         raw_ids=raw_ids,
@@ -211,10 +221,12 @@ def _of_users(table: Table, users: Iterable[int]) -> Table:
     return table.filter(pa.array(wanted))
 
 
-def _fact(row: dict[str, Any]) -> Fact:
+def fact_of(row: dict[str, Any]) -> Fact:
+    """Return what a row says of the log."""
     return Fact(*(row[name] for name in _FACTS))
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    own = [row[name] for name in _ENTRY]
-    return Entry(*own, tuple((name, row[name]) for name in _SIDE if name in row))
+def entry_of(row: dict[str, Any]) -> Entry:
+    """Return a row as an entry of a history, with what stands beside it."""
+    side = tuple((name, row[name]) for name in _SIDE if name in row)
+    return Entry(**{name: row[name] for name in _ENTRY}, side=side)
