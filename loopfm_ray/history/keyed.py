@@ -193,8 +193,7 @@ class KeyedAnswers:
         self._source = source_of(key)
         answers = Answers(_ANSWERS, task.out_dir, task.settings.block_rows)
         self._answers = stack.enter_context(closing(answers))
-        if task.keyed is None:
-            return
+        assert task.keyed is not None, "keys are joined before the buckets of users"
         for place in range(task.keyed.num_places):
             for table in kept_tables(_answers_path(task.keyed.folder, key, place), task.bucket):
                 position, start, length = numpy_columns(table, *_FOUND.names)

@@ -69,6 +69,11 @@ class Spill:
         """Return the rows of one place."""
         return self._num_rows.get(place, 0)
 
+    def num_tables(self, place: int) -> int:
+        """Return how many tables `tables` gives of one place."""
+        self._seal()
+        return len(self._batches.get(place, ())) + len(self._held.get(place, ()))
+
     def deal(self, table: Table, place: NDArray[np.integer]) -> None:
         """Add rows, each to its place, [N]; rows of one place keep their order."""
         if np.any(place[1:] < place[:-1]):
@@ -114,9 +119,8 @@ def keep(spill: Spill, path: Path) -> None:
     """Write the rows of all places to one Arrow file, whole or not at all, from which `kept_tables` reads a place."""
     index, number = {}, 0
     for place in spill.places:
-        num_tables = sum(1 for _ in spill.tables(place))
-        index[place] = (number, num_tables)
-        number += num_tables
+        index[place] = (number, spill.num_tables(place))
+        number += spill.num_tables(place)
     schema = spill.schema.with_metadata({_INDEX: json.dumps(index)})
 
     def write(staged: Path) -> None:
