@@ -17,20 +17,17 @@ from pydantic import (
 from loopfm_ray.config import Config
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.history.bucket import BLOCK_ROWS
+from loopfm_ray.history.config import HistoryStageConfig
 from loopfm_ray.history.freshness import FreshnessConfig
-from loopfm_ray.history.times import delay_to_us
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig, RawHistoryConfig
 from loopfm_ray.models.registry import VmConfig
 from loopfm_ray.serving.bundle import why_not_servable
-from loopfm_ray.store.compact import TARGET_ROWS
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
-from loopfm_ray.types import MICROS_PER_S
 
 __all__ = [
     "AuditConfig",
@@ -112,48 +109,6 @@ class FmStageConfig(Config):
     """The newest rows of the FM's training window, on whose embeddings the bottleneck is fitted."""
 
 
-class HistoryStageConfig(Config):
-    """What a history is."""
-
-    max_len: PositiveInt = 100
-    """The newest so many visible events."""
-    retention_s: PositiveFloat | None = None
-    """Older events are left out; none keeps all."""
-    delay_s: NonNegativeFloat = 0.0
-    """Seconds from an event to when its latent can be read."""
-    keep_s: PositiveFloat | None = None
-    """How long latents are kept: whole periods older than this before the last event are not materialized any more;
-    none keeps all. Requests whose teacher prediction was not kept can not be joined."""
-    compact_rows: PositiveInt = TARGET_ROWS
-    """Rows of a file of latents that `loopfm compact` makes, about."""
-    block_rows: PositiveInt = BLOCK_ROWS
-    """Rows that a task of the join holds at once, which bounds its memory; no byte of the answer depends on it."""
-
-    @model_validator(mode="after")
-    def _keeps_what_histories_reach(self) -> Self:
-        if self.keep_s is not None and (self.retention_s or 0.0) > self.keep_s:
-            raise ConfigError(
-                f"history.keep_s must be at least history.retention_s, found {self.keep_s} and {self.retention_s}:"
-                " a history would lack events that it may hold"
-            )
-        return self
-
-    @property
-    def retention_us(self) -> int | None:
-        """The retention in microseconds."""
-        return None if self.retention_s is None else round(self.retention_s * MICROS_PER_S)
-
-    @property
-    def keep_us(self) -> int | None:
-        """How long latents are kept, in microseconds."""
-        return None if self.keep_s is None else round(self.keep_s * MICROS_PER_S)
-
-    @property
-    def delay_us(self) -> int:
-        """The delay in microseconds."""
-        return delay_to_us(self.delay_s)
-
-
 class FitNetsConfig(Config):
     """Feature matching, the baseline of LoopFM beside distillation of the prediction. arXiv 1412.6550."""
 
@@ -217,6 +172,26 @@ def default_vms() -> dict[str, VmStageConfig]:
     }
 
 
+def _not_joined(vm: VmStageConfig, history: HistoryStageConfig) -> str | None:
+    """Return what a VM reads that the join does not write, and where to ask for it; or None."""
+    if vm.needs_teacher_latent and not history.with_own_latent:
+        return "reads the latents of the rows themselves; set history.with_own_latent to true"
+    for name, config in vm.model.history.sorted():
+        if isinstance(config, RawHistoryConfig):
+            continue
+        if config.key != ("user",) and config.key not in history.keys:
+            return (
+                f"reads the history {name!r} by {list(config.key)}, history.keys has"
+                f" {[list(key) for key in history.keys]}; add it there"
+            )
+        missing = [column for column in config.side.columns if column not in history.side.stored]
+        if missing:
+            return (
+                f"reads {missing} of the events of history {name!r}; set history.side.{missing[0]}"
+            )
+    return None
+
+
 class PipelineConfig(Config):
     """One run of the whole loop: events in, FM, histories, VMs with and without them, a served score, a report."""
 
@@ -268,6 +243,14 @@ class PipelineConfig(Config):
             raise ConfigError(
                 f"online.model {self.online.model!r} {reason}; serve a VM that reads the users' latents, or no history"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _join_gives_what_is_read(self) -> Self:
+        for name, stage in self.vms.items():
+            lacking = _not_joined(stage, self.history)
+            if lacking is not None:
+                raise ConfigError(f"vms.{name} {lacking}")
         return self
 
     @property

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -228,12 +229,45 @@ def test_the_demo_config_is_the_default():
         ("online.model=vm_raw", "online store holds latents only"),
         ("name=../escape", "name"),
         ("fm.bits=1", "fm.bits"),
+        ("history.keys=[[user]]", "and not [user], which is always there"),
+        ("history.keys=[[item],[item]]", "different keys"),
+        ("history.keys=[[item,item]]", "different parts"),
+        ("history.side.shape=x", "history.side.shape"),
+        ("vms.vm.fitnets={weight: 1.0}", "vms.vm .* set history.with_own_latent"),
+        (
+            "vms.vm.model.history={it: {kind: latent, key: [item]}}",
+            r"vms.vm reads the history 'it' by \['item'], history.keys has \[]",
+        ),
+        (
+            "vms.vm.model.history={u: {kind: latent, side: {label: true}}}",
+            "set history.side.label",
+        ),
     ],
 )
 def test_a_pipeline_that_can_not_work_is_refused(override, expected):
     path = next(path for path in CONFIGS if path.stem == "complete_journey")
-    with pytest.raises(ConfigError, match=expected.replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=re.sub(r"(?<!\\)\[", r"\\[", expected)):
         load_config(PipelineConfig, path, [override])
+
+
+def test_what_the_join_is_asked_to_write_can_be_read():
+    path = next(path for path in CONFIGS if path.stem == "complete_journey")
+    config = load_config(
+        PipelineConfig,
+        path,
+        [
+            "history.with_own_latent=true",
+            "history.side={label: label, event_type: store}",
+            "history.keys=[[item],[user,department]]",
+            "vms.vm.fitnets={weight: 1.0}",
+            "vms.vm.model.history={it: {kind: latent, key: [user, department], side: {label: true, num_event_types: 3}}}",
+        ],
+    )
+    join = config.history.join
+    assert join.side.origins == {"label": "label", "event_type": "store"}
+    assert join.keys == (("item",), ("user", "department"))
+    assert join.with_own_latent
+    assert "latent_by_user_department" in config.vms["vm"].model.history.sources
 
 
 def test_the_fm_keeps_its_name():

@@ -19,13 +19,13 @@ from loopfm_ray.data.history_sources import (
     LatentHistorySource,
     RawHistorySource,
 )
+from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE
 from loopfm_ray.data.prepared import EntityTable
 from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
 from loopfm_ray.errors import SchemaError
 from loopfm_ray.store.codes import CodeSpec, decode
 
 __all__ = [
-    "TEACHER_CODE",
     "Batch",
     "Collator",
     "Gathered",
@@ -37,10 +37,8 @@ __all__ = [
 
 Ints = NDArray[np.int64]
 
-_IN_USER_BUCKET = ("raw", "latent")
+_IN_USER_BUCKET = ("raw", USER_SOURCE)
 """Sources whose histories lie in the bucket of the row's user."""
-TEACHER_CODE = "teacher_code"
-"""Column of a row's own latent as a code: uint8 [B, bytes]."""
 
 
 class Collator:

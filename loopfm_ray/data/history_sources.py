@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from loopfm_ray.data.joined import EVENT_TYPE, LABEL, SIDE_COLUMNS
 from loopfm_ray.data.prepared import EntityTable
 from loopfm_ray.data.runs import runs
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
@@ -16,8 +17,6 @@ from loopfm_ray.store.codes import CodeSpec, decode
 from loopfm_ray.types import MICROS_PER_S
 
 __all__ = [
-    "EVENT_TYPE",
-    "LABEL",
     "Gathered",
     "HistorySource",
     "LatentHistorySource",
@@ -29,10 +28,6 @@ __all__ = [
 Table = Any
 Ints = NDArray[np.int64]
 Columns = dict[str, NDArray[Any]]
-
-LABEL, EVENT_TYPE = "label", "event_type"
-"""Side information that a history table may hold beside its events."""
-_SIDE_COLUMNS = {LABEL: ("label", "label_ts"), EVENT_TYPE: ("event_type",)}
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def known_label(label: NDArray[Any], label_ts: Ints, request_ts: Ints) -> Ints:
 
 
 def _names(side: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for one in side for name in _SIDE_COLUMNS[one])
+    return tuple(name for one in side for name in SIDE_COLUMNS[one])
 
 
 def _side(side: Sequence[str], mask: NDArray[np.bool_], cells: Columns, asked: Ints) -> Columns:

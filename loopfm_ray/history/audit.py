@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from loopfm_ray.errors import LeakError, StoreError
+from loopfm_ray.history.audit_keyed import KeyedAudit
 from loopfm_ray.history.checks import Bucket, Rules, check_request, given_entries
 from loopfm_ray.history.evidence import Origin, read_entries, read_origin, read_stored
 from loopfm_ray.history.staleness import StalenessSketch
@@ -164,6 +165,10 @@ def audit(
     rules = _rules(versions)
     files = versions.request_files
     chosen = _draw(files, sample, seed)
+    keyed = [
+        KeyedAudit(source, one["key"], (versions.joined, versions.prepared))
+        for source, one in sorted(versions.manifest.meta["histories"].items())
+    ]
     for bucket, rows in sorted(chosen.items()):
         requests, all_ids = _read_requests(versions, files[bucket], rows)
         num_checked += len(requests)
@@ -178,8 +183,16 @@ def audit(
                 wrong.append(f"example {request['example_id']}: " + "; ".join(problems))
             entries = given_entries(request, known)
             margins.add([request["event_ts"] - entry.available_ts for entry in entries])
+            for one in keyed:
+                one.add(request)
         num_leaks += len(missing) + len(wrong)
         found += [f"bucket {bucket} {text}" for text in [*missing, *wrong][:_NUM_SHOWN]]
+    for one in keyed:
+        for number, problems, early in one.check(versions.latents, rules):
+            margins.add(early)
+            num_leaks += bool(problems)
+            if problems and len(found) < _NUM_SHOWN:
+                found.append(f"example {number}: " + "; ".join(problems))
     shown = tuple(found[:_NUM_SHOWN])
     return AuditReport(num_checked, num_leaks, shown, margins.num, margins.quantiles())
 
@@ -206,6 +219,8 @@ def _rules(versions: _Versions) -> Rules:
         trained_until_ts,
         meta["kept_from_ts"],
         meta["delay_us"],
+        own["with_own_latent"],
+        tuple(own["side"]),
     )
 
 
@@ -304,10 +319,10 @@ def _read_requests(
 def _read_bucket(versions: _Versions, bucket: int, requests: list[dict[str, Any]]) -> Bucket:
     """Read what the other versions say of the users of these requests, and of those in their histories."""
     slices = [(row["latent_start"], row["latent_len"]) for row in requests]
-    entries, num_rows = read_entries(versions.joined, bucket, slices)
+    entries, num_rows = read_entries(versions.joined, f"history/bucket={bucket:03d}.arrow", slices)
     users = {row["user"] for row in requests} | {entry.user for entry in entries.values()}
     wanted = ({row["example_id"] for row in requests}, versions.range_ts)
-    origin = read_origin(versions.prepared, bucket, users, wanted)
+    origin = read_origin(versions.prepared, bucket, users, wanted, versions.manifest.meta["side"])
     return Bucket(origin, read_stored(versions.latents, bucket, users), entries, num_rows)
 
 

@@ -4,12 +4,12 @@ Nothing here is shared with the join or with the features: a mistake there would
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from loopfm_ray.history.evidence import Entry, Origin, Stored
 
-__all__ = ["Bucket", "Rules", "check_request", "given_entries"]
+__all__ = ["Bucket", "Owner", "Rules", "check_history", "check_request", "given_entries"]
 
 # Any below: a row as Arrow gives it.
 Row = dict[str, Any]
@@ -28,6 +28,18 @@ class Rules(NamedTuple):
     trained_until_ts: int
     kept_from_ts: int
     delay_us: int
+    with_own_latent: bool
+    side: tuple[str, ...] = ()
+
+
+class Owner(NamedTuple):
+    """Whose events a history holds: a name for messages, and the owner by user and item; None has no history."""
+
+    name: str
+    of: Callable[[int, int], Any]
+
+
+_USER = Owner("user", lambda user, item: user)  # noqa: ARG005  as any owner
 
 
 class Bucket(NamedTuple):
@@ -61,12 +73,29 @@ def check_request(request: Row, bucket: Bucket, rules: Rules) -> list[str]:
     problems = [*_check_row(request, bucket), *_check_teacher(request, bucket, rules)]
     if request["event_ts"] <= rules.trained_until_ts:
         problems.append("the snapshot was trained on this request")
-    for entry in given:
-        problems += _check_entry(entry, request, bucket, rules)
-    problems += _check_choice(given, request, bucket, rules, is_clean=not problems)
+    problems += check_history(given, request, bucket, rules, _USER)
     seen = _seen_in_log(request, bucket.origin)
     past = _check_past(request, bucket.origin, seen)
     return [*problems, *past, *_check_raw(request, bucket.origin, seen)]
+
+
+def check_history(
+    given: list[Entry], request: Row, bucket: Bucket, rules: Rules, owner: Owner
+) -> list[str]:
+    """Return what is wrong with one history of a request, in words.
+
+    Args:
+        given: what the joined version gives.
+        request: has example_id, user, item and event_ts.
+        bucket: what is known of the events of the owner.
+        rules: what a history is.
+        owner: whose events it holds.
+    """
+    problems: list[str] = []
+    for entry in given:
+        problems += _check_entry(entry, request, bucket, rules, owner)
+    known = bucket.origin.by_owner.get(owner.of(request["user"], request["item"]), [])
+    return [*problems, *_check_choice(given, request, bucket, rules, known, is_clean=not problems)]
 
 
 def _check_row(request: Row, bucket: Bucket) -> Iterator[str]:
@@ -91,6 +120,8 @@ def _check_teacher(request: Row, bucket: Bucket, rules: Rules) -> Iterator[str]:
     yield from _check_stored(request["example_id"], bucket, rules)
     if request["teacher_prob"] != stored.fm_prob:
         yield f"teacher_prob is {request['teacher_prob']}, the snapshot gave {stored.fm_prob}"
+    if rules.with_own_latent and request.get("teacher_code") != stored.entry.code:
+        yield "teacher_code is not the code of the request's own row in the latents version"
 
 
 def _check_stored(example_id: int, bucket: Bucket, rules: Rules) -> Iterator[str]:
@@ -124,26 +155,31 @@ def _ready_ts(example_id: int, origin: Origin, rules: Rules) -> int:
     return ready_ts
 
 
-def _check_entry(entry: Entry, request: Row, bucket: Bucket, rules: Rules) -> Iterator[str]:
+def _check_entry(
+    entry: Entry, request: Row, bucket: Bucket, rules: Rules, owner: Owner
+) -> Iterator[str]:
     """Check one entry of a history against the latents version, its origin and the rules."""
     number, request_ts = entry.example_id, request["event_ts"]
     stored = bucket.stored.get(number)
     if stored is None or not stored.fact.is_event:
         yield f"event {number} is no event of the latents version"
         return
-    if entry != stored.entry:
+    if entry._replace(side=()) != stored.entry:
         fields = [
-            name for name in entry._fields if getattr(entry, name) != getattr(stored.entry, name)
+            name
+            for name in entry._fields
+            if name != "side" and getattr(entry, name) != getattr(stored.entry, name)
         ]
         yield f"event {number} differs from the latents version in {fields}"
     yield from _check_stored(number, bucket, rules)
     fact = bucket.origin.facts.get(number)
     if fact is None:
         return
+    yield from _check_side(entry, bucket, rules)
     if number == request["example_id"]:
         yield "history holds the request's own event"
-    if fact.user != request["user"]:
-        yield f"event {number} belongs to another user"
+    if owner.of(fact.user, fact.item) != owner.of(request["user"], request["item"]):
+        yield f"event {number} belongs to another {owner.name}"
     if fact.event_ts >= request_ts:
         yield f"event {number} at {fact.event_ts} is not before {request_ts}"
     ready_ts = _ready_ts(number, bucket.origin, rules)
@@ -153,15 +189,31 @@ def _check_entry(entry: Entry, request: Row, bucket: Bucket, rules: Rules) -> It
         yield f"event {number} is older than the retention"
 
 
+def _check_side(entry: Entry, bucket: Bucket, rules: Rules) -> Iterator[str]:
+    """Compare what stands beside an event with the prepared version; readers tell no label before `label_ts`."""
+    expected = {name: bucket.origin.sides[entry.example_id][name] for name in rules.side}
+    if "label" in expected:
+        expected["label_ts"] = bucket.origin.facts[entry.example_id].label_ts
+    found = dict(entry.side)
+    if found != expected:
+        yield f"event {entry.example_id} has {found} beside it, the prepared version gives {expected}"
+
+
 def _check_choice(
-    given: list[Entry], request: Row, bucket: Bucket, rules: Rules, *, is_clean: bool
+    given: list[Entry],
+    request: Row,
+    bucket: Bucket,
+    rules: Rules,
+    known: list[tuple[int, int]],
+    *,
+    is_clean: bool,
 ) -> Iterator[str]:
     """Check that the entries are all of the newest that were visible, in order."""
     if len(given) > rules.max_len:
         yield f"history has {len(given)} events, at most {rules.max_len} are allowed"
     request_ts, origin = request["event_ts"], bucket.origin
     visible = []
-    for event_ts, example_id in origin.by_user.get(request["user"], []):
+    for event_ts, example_id in known:
         if event_ts >= request_ts or _ready_ts(example_id, origin, rules) > request_ts:
             continue
         if event_ts <= rules.trained_until_ts or event_ts < rules.kept_from_ts:
@@ -181,7 +233,7 @@ def _check_choice(
 def _seen_in_log(request: Row, origin: Origin) -> list[int]:
     """Return the example ids of the user's events that the log itself had by the time of the request, oldest first."""
     seen = []
-    for event_ts, example_id in origin.by_user.get(request["user"], []):
+    for event_ts, example_id in origin.by_owner.get(request["user"], []):
         label_ts = origin.facts[example_id].label_ts
         if event_ts < request["event_ts"] and not (
             origin.is_waiting and label_ts > request["event_ts"]

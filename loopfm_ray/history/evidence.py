@@ -4,7 +4,7 @@ The prepared version is the origin: it says what happened, when and when it was 
 predictions, and is itself checked against the origin. Only rows of the users that are asked for become Python objects.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +16,23 @@ from loopfm_ray.store.cache import Version
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.tables import map_ipc, read_parquet
 
-__all__ = ["Entry", "Fact", "Origin", "Stored", "read_entries", "read_origin", "read_stored"]
+__all__ = [
+    "Entry",
+    "Fact",
+    "Origin",
+    "Stored",
+    "entry_of",
+    "fact_of",
+    "read_entries",
+    "read_origin",
+    "read_stored",
+]
 
 # Any below: pyarrow ships no types.
 Table = Any
 
+_ENTRY = ("event_ts", "example_id", "user", "item", "available_ts", "code")
+_SIDE = ("label", "label_ts", "event_type")
 _FACTS = ("user", "item", "event_ts", "label_ts", "is_event")
 
 
@@ -43,6 +55,8 @@ class Entry(NamedTuple):
     item: int
     available_ts: int
     code: bytes
+    side: tuple[tuple[str, Any], ...] = ()
+    """What stands beside the event: `(column, value)`."""
 
 
 class Stored(NamedTuple):
@@ -58,23 +72,25 @@ class Origin(NamedTuple):
 
     Attributes:
         facts: their rows by example_id.
-        by_user: `(event_ts, example_id)` of their events, rising.
+        by_owner: `(event_ts, example_id)` of the events of each user, or of each key, rising.
         requests: the whole rows of the requests that were asked for, by example_id.
         request_ids: example ids of all requests of the bucket in the joined time range, with repetitions.
         raw_ids: the example_id of each row of the events table.
         raw_faults: what is wrong with rows of the events table, by example_id.
         item_values: for each counted field of the item table, its value by item.
+        sides: what stands beside an event, by example_id and then by the column of a history.
         is_waiting: whether an event is readable only once its label is known.
         raw_max_len: the longest raw history, None when the version has none.
     """
 
     facts: dict[int, Fact]
-    by_user: dict[int, list[tuple[int, int]]]
+    by_owner: dict[Any, list[tuple[int, int]]]
     requests: dict[int, dict[str, Any]]
     request_ids: list[int]
     raw_ids: list[int]
     raw_faults: dict[int, str]
     item_values: dict[str, list[int]]
+    sides: dict[int, dict[str, Any]]
     is_waiting: bool
     raw_max_len: int | None
 
@@ -83,18 +99,19 @@ def read_stored(reader: LatentsReader, bucket: int, users: Iterable[int]) -> dic
     """Return the rows of these users in one bucket of a latents version, by example_id."""
     stored = {}
     for row in _of_users(reader.read_bucket(bucket), users).to_pylist():
-        stored[row["example_id"]] = Stored(_fact(row), _entry(row), row["fm_prob"])
+        entry = entry_of(row)._replace(side=())
+        stored[row["example_id"]] = Stored(fact_of(row), entry, row["fm_prob"])
     return stored
 
 
 def read_entries(
-    joined: Version, bucket: int, slices: Sequence[tuple[int, int]]
+    joined: Version, name: str, slices: Sequence[tuple[int, int]]
 ) -> tuple[dict[int, Entry], int]:
-    """Return the entries that slices `(start, length)` of the history table name, by row, and the rows of the table.
+    """Return the entries that slices `(start, length)` of a table of histories name, by row, and the rows of the table.
 
-    Rows outside of the table are left out.
+    Rows outside of the table are left out. `name` is that of the table in the joined version.
     """
-    table = map_ipc(joined.path(f"history/bucket={bucket:03d}.arrow"))
+    table = map_ipc(joined.path(name))
     rows = {
         row
         for start, length in slices
@@ -102,7 +119,7 @@ def read_entries(
     }
     order = sorted(rows)
     taken = table.take(pa.array(order, pa.int64())).to_pylist()
-    entries = {row: _entry(item) for row, item in zip(order, taken, strict=True)}
+    entries = {row: entry_of(item) for row, item in zip(order, taken, strict=True)}
     return entries, table.num_rows
 
 
@@ -111,6 +128,7 @@ def read_origin(
     bucket: int,
     users: Iterable[int],
     wanted: tuple[set[int], tuple[int, int]],
+    side: Mapping[str, str],
 ) -> Origin:
     """Return what the prepared version says of these users.
 
@@ -119,10 +137,12 @@ def read_origin(
         bucket: the bucket of the users.
         users: their ids.
         wanted: example ids of the requests whose whole rows are needed, and the half-open time range of all requests.
+        side: the column of the examples for each side information of a history.
     """
     request_ids, (start_ts, stop_ts) = wanted
     users = sorted(set(users))
     facts: dict[int, Fact] = {}
+    sides: dict[int, dict[str, Any]] = {}
     requests: dict[int, dict[str, Any]] = {}
     all_ids: list[int] = []
     manifest = prepared.manifest
@@ -135,8 +155,10 @@ def read_origin(
         all_ids += table.column("example_id").filter(in_range).to_pylist()
         chosen = pc.is_in(table.column("example_id"), pa.array(sorted(request_ids), pa.int64()))
         requests |= {row["example_id"]: row for row in table.filter(chosen).to_pylist()}
-        few = _of_users(table.select(["example_id", *_FACTS]), users)
-        facts |= {row["example_id"]: _fact(row) for row in few.to_pylist()}
+        columns = list(dict.fromkeys(["example_id", *_FACTS, *side.values()]))
+        for row in _of_users(table.select(columns), users).to_pylist():
+            facts[row["example_id"]] = fact_of(row)
+            sides[row["example_id"]] = {name: row[origin] for name, origin in side.items()}
     by_user: dict[int, list[tuple[int, int]]] = {user: [] for user in users}
     for example_id, fact in facts.items():
         if fact.is_event:
@@ -147,12 +169,13 @@ def read_origin(
     raw_ids, raw_faults = _read_raw(prepared, bucket, users, facts, is_waiting)
     return Origin(
         facts=facts,
-        by_user=by_user,
+        by_owner=by_user,
         requests=requests,
         request_ids=all_ids,
         raw_ids=raw_ids,
         raw_faults=raw_faults,
         item_values=_item_values(prepared, requests),
+        sides=sides,
         is_waiting=is_waiting,
         raw_max_len=manifest.meta.get("raw_max_len"),
     )
@@ -198,9 +221,12 @@ def _of_users(table: Table, users: Iterable[int]) -> Table:
     return table.filter(pa.array(wanted))
 
 
-def _fact(row: dict[str, Any]) -> Fact:
+def fact_of(row: dict[str, Any]) -> Fact:
+    """Return what a row says of the log."""
     return Fact(*(row[name] for name in _FACTS))
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    return Entry(*(row[name] for name in Entry._fields))
+def entry_of(row: dict[str, Any]) -> Entry:
+    """Return a row as an entry of a history, with what stands beside it."""
+    side = tuple((name, row[name]) for name in _SIDE if name in row)
+    return Entry(**{name: row[name] for name in _ENTRY}, side=side)

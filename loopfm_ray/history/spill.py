@@ -3,6 +3,7 @@
 Files have no name, so a killed process leaves none. What fits into a block never leaves memory.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,12 +15,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from loopfm_ray.data.runs import runs
+from loopfm_ray.store.tables import code_bytes, code_column, write_atomically
 
-__all__ = ["Answers", "Spill"]
+__all__ = ["Answers", "Spill", "keep", "kept_tables"]
 
 # Any below: pyarrow ships no types.
 Table = Any
 Ints = NDArray[np.int64]
+
+_INDEX = b"loopfm.places"
 
 
 class Spill:
@@ -51,9 +55,24 @@ class Spill:
         self._held.clear()
         self._stack.close()
 
+    @property
+    def schema(self) -> Any:
+        """Of the rows."""
+        return self._schema
+
+    @property
+    def places(self) -> list[int]:
+        """The places that have rows, rising."""
+        return sorted(self._num_rows)
+
     def num_rows(self, place: int) -> int:
         """Return the rows of one place."""
         return self._num_rows.get(place, 0)
+
+    def num_tables(self, place: int) -> int:
+        """Return how many tables `tables` gives of one place."""
+        self._seal()
+        return len(self._batches.get(place, ())) + len(self._held.get(place, ()))
 
     def deal(self, table: Table, place: NDArray[np.integer]) -> None:
         """Add rows, each to its place, [N]; rows of one place keep their order."""
@@ -96,8 +115,41 @@ class Spill:
             self._reader = pa.ipc.open_file(pa.PythonFile(self._file, mode="r"))
 
 
+def keep(spill: Spill, path: Path) -> None:
+    """Write the rows of all places to one Arrow file, whole or not at all, from which `kept_tables` reads a place."""
+    index, number = {}, 0
+    for place in spill.places:
+        index[place] = (number, spill.num_tables(place))
+        number += spill.num_tables(place)
+    schema = spill.schema.with_metadata({_INDEX: json.dumps(index)})
+
+    def write(staged: Path) -> None:
+        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for place in index:
+                for table in spill.tables(place):
+                    writer.write_batch(_one_batch(table, schema))
+
+    write_atomically(path, write)
+
+
+def kept_tables(path: Path, place: int) -> Iterator[Table]:
+    """Yield what `Spill.tables` gave of one place when `keep` wrote it."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        index = json.loads(reader.schema.metadata[_INDEX])
+        first, num_tables = index.get(str(place), (0, 0))
+        for number in range(first, first + num_tables):
+            table = pa.Table.from_batches([reader.get_batch(number)])
+            yield table.replace_schema_metadata(None)
+
+
+def _one_batch(table: Table, schema: Any) -> Any:
+    arrays = [column.combine_chunks() for column in table.columns]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
 class Answers:
-    """Columns of numbers that are found in any order of rows and read in order; close it at the end."""
+    """Columns of numbers and codes (uint8 [N, bytes]) that are found in any order of rows and read in order; close it at the end."""
 
     def __init__(self, schema: Any, folder: Path, block_rows: int) -> None:
         """Begin with no rows; for the arguments see `Spill`."""
@@ -114,7 +166,7 @@ class Answers:
     def add(self, position: Ints, *columns: NDArray[Any]) -> None:
         """Take the values of the rows at `position`, [N] each."""
         arrays = [
-            pa.array(values, field.type)
+            code_column(values) if values.ndim == 2 else pa.array(values, field.type)
             for values, field in zip((position, *columns), self._schema, strict=True)
         ]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
@@ -138,8 +190,10 @@ class Answers:
             where = table.column("position").to_numpy() - chunk * self._block_rows
             self._rows = {}
             for field in list(self._schema)[1:]:
-                values = table.column(field.name).to_numpy()
-                placed = np.empty(len(values), dtype=values.dtype)
+                column = table.column(field.name)
+                is_code = pa.types.is_fixed_size_binary(field.type)
+                values = code_bytes(column) if is_code else column.to_numpy()
+                placed = np.empty_like(values)
                 placed[where] = values
                 self._rows[field.name] = placed
             self._chunk = chunk

@@ -15,7 +15,7 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig, VmStageConfig
 from loopfm_ray.history.audit import AuditReport, audit
-from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.history.join import joined_hash, write_joined
 from loopfm_ray.jobs.compress import CompressTask, compress
 from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.evaluate import (
@@ -170,16 +170,12 @@ def run_join(context: Context) -> dict[str, Any]:
     config, result = context.config, {}
     splits = splits_of(config)
     window = TimeRange(splits.vm.start_ts, splits.test.stop_ts)
-    settings = JoinSettings(
-        config.history.max_len, config.history.retention_us, config.history.block_rows
-    )
+    settings = config.history.join
     for seed in config.seeds:
         latents = needed(config.paths.latents(seed), "materialize")
         prepared = read_manifest(config.paths.prepared)
         inputs = {"prepared": prepared.version, "latents": latents.content}
-        hashed = config_hash(
-            settings.max_len, settings.retention_us, window.start_ts, window.stop_ts
-        )
+        hashed = joined_hash(settings, window)
         manifest = context.find(config.paths.joined(seed), hashed, inputs)
         if manifest is None:
             manifest = write_joined(

@@ -17,13 +17,13 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from loopfm_ray.data.collate import (
-    TEACHER_CODE,
     Collator,
     HistorySource,
     LatentHistorySource,
     RawHistorySource,
 )
 from loopfm_ray.data.examples import ExampleSet
+from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE
 from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits
@@ -125,14 +125,14 @@ class VmData:
                 events, self.prepared.items, self.item_fields, self.raw_max_len, side
             )
         meta = self.joined.manifest.meta
-        if name == "latent":
+        if name == USER_SOURCE:
             tables = read_histories(self.joined, "history", buckets)
             return LatentHistorySource(tables, self.spec, int(meta["max_len"]), side)
         others = meta.get("histories", {})
         if name not in others:
             raise ConfigError(
                 f"a VM reads the history {name!r}, the joined set {self.joined.location} has"
-                f" {['latent', *sorted(others)]}; join it with that key, or take the history out of the VM's config"
+                f" {[USER_SOURCE, *sorted(others)]}; join with that key in history.keys, or take the history out of the VM's config"
             )
         # the candidates of a user may lie in any bucket of their own key
         tables = read_histories(self.joined, f"history/{name}", self._buckets_of(name))
@@ -152,7 +152,7 @@ class VmData:
         if TEACHER_CODE not in names:
             raise ConfigError(
                 f"fitnets and reads_teacher_latent need the column {TEACHER_CODE!r} in {self.joined.location}, found {names};"
-                " join with the rows' own latents, or leave them out of the VM's config"
+                " join with history.with_own_latent, or leave them out of the VM's config"
             )
 
 

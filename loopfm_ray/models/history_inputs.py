@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loopfm_ray.config import Config
 from loopfm_ray.data.collate import Batch, History
-from loopfm_ray.data.history_sources import EVENT_TYPE, LABEL
+from loopfm_ray.data.joined import EVENT_TYPE, LABEL, source_of
 from loopfm_ray.errors import ConfigError, ShapeError
 from loopfm_ray.models.ages import NUM_AGE_FEATURES, age_features
 from loopfm_ray.models.embeddings import FieldEmbeddings
@@ -87,7 +87,7 @@ class LatentHistoryConfig(_HistoryConfig):
     @property
     def source(self) -> str:
         """Name of the source in `Batch.histories`, and of its columns in the joined set."""
-        return "latent" if self.key == ("user",) else "_".join(("latent_by", *self.key))
+        return source_of(self.key)
 
 
 class RawHistoryConfig(_HistoryConfig):

@@ -111,6 +111,27 @@ def longer_than_the_longest_history(case):
     case.save()
 
 
+@plant(r"label': 0.0.* beside it, the prepared version gives .*label': 1.0")
+def label_of_an_event_turned_around(case):
+    row = case.request()
+    case.history[row["latent_start"]]["label"] = 0.0
+    case.save()
+
+
+@plant("beside it, the prepared version gives .*label_ts")
+def label_known_earlier_than_it_was(case):
+    for event in case.history:
+        event["label_ts"] = event["event_ts"]
+    case.save()
+
+
+@plant("beside it, the prepared version gives .*event_type")
+def event_of_another_kind(case):
+    row = case.request()
+    case.history[row["latent_start"]]["event_type"] += 1
+    case.save()
+
+
 # Histories that lack, repeat or mix up what was visible.
 
 
@@ -194,6 +215,14 @@ def teacher_of_another_row(case):
     first, second = case.requests[:2]
     assert first["teacher_prob"] != second["teacher_prob"]
     first["teacher_prob"] = second["teacher_prob"]
+    case.save()
+
+
+@plant("teacher_code is not the code")
+def own_latent_of_another_row(case):
+    first, second = case.requests[:2]
+    assert first["teacher_code"] != second["teacher_code"]
+    first["teacher_code"] = second["teacher_code"]
     case.save()
 
 

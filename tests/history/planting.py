@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loopfm_ray.history.audit import audit
-from loopfm_ray.history.bucket import HISTORY_COLUMNS
-from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.history.join import JoinSettings, StoredSide, write_joined
+from loopfm_ray.history.slices import HISTORY_COLUMNS
 from loopfm_ray.store.manifest import commit, read_manifest, stage, write_manifest
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.rows import Rule, read_rows, write_rows
@@ -20,7 +20,8 @@ from tests.oracles import paths
 MAX_LEN = 6
 DELAY_US = 3 * paths.HOUR_US
 RETENTION_US = 9 * paths.DAY_US
-SETTINGS = JoinSettings(MAX_LEN, RETENTION_US)
+SIDE = StoredSide(label="label", event_type="shop")
+SETTINGS = JoinSettings(MAX_LEN, RETENTION_US, with_own_latent=True, side=SIDE)
 SNAPSHOT = "snap"
 
 
@@ -85,6 +86,11 @@ class Case:
         )
         spec = LatentsReader(self.latents).spec
         self.stored = [row for path in self.shards() for row in read_rows(path, spec).to_pylist()]
+        self.sides = {
+            row["example_id"]: {name: row[origin] for name, origin in SIDE.origins.items()}
+            for path in sorted(self.prepared.glob(f"examples/bucket={self.bucket:03d}/*.parquet"))
+            for row in read(path)
+        }
         self.stored.sort(key=lambda row: (row["event_ts"], row["example_id"]))
 
     def shards(self):
@@ -116,7 +122,9 @@ class Case:
     def give(self, row, events):
         """Give one request another history, in rows of its own."""
         row["latent_start"], row["latent_len"] = len(self.history), len(events)
-        self.history += [{name: event[name] for name in HISTORY_COLUMNS} for event in events]
+        for event in events:
+            whole = {**event, **self.sides[event["example_id"]]}
+            self.history.append({name: whole[name] for name in (*HISTORY_COLUMNS, *SIDE.columns)})
 
     def add_event(self, row, event):
         """Give one request one event more, as its newest, within the longest history."""

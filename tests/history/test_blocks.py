@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loopfm_ray.errors import StoreError
 from loopfm_ray.history import blocks, slabs, spill
-from loopfm_ray.history.bucket import JoinSettings, JoinTask, join_bucket
+from loopfm_ray.history.join import JoinSettings, JoinTask, StoredSide, join_bucket
 from loopfm_ray.store import columns, tables
 from loopfm_ray.store.manifest import commit, stage
 from loopfm_ray.store.rows import LATENTS_FORMAT, Rule, latents_schema, write_rows
@@ -23,6 +23,7 @@ from tests.oracles import worlds
 from tests.oracles.asof import newest_visible_slow
 
 PERIOD_US = 10
+SIDE = StoredSide(label="click", event_type="kind")
 BLOCK_ROWS = st.sampled_from([1, 2, 3, 5, 8, 13, 40])
 
 
@@ -62,7 +63,9 @@ def logs(draw, max_rows=40):
         is_event=draw(st.lists(st.sampled_from([True, True, False]), **each)),
         start_ts=start_ts,
         stop_ts=draw(st.integers(start_ts + 1, last_ts + 3)),
-        settings=JoinSettings(draw(st.integers(1, 6)), retention_us),
+        settings=JoinSettings(
+            draw(st.integers(1, 6)), retention_us, with_own_latent=True, side=SIDE
+        ),
     )
 
 
@@ -106,6 +109,9 @@ def write_log(folder, log):
             path = folder / f"examples/period={number:04d}.parquet"
             shuffled = table.take(pa.array(rng.permutation(table.num_rows)))
             asked = shuffled.select(["item", "event_ts", "example_id", "user"])
+            ids = asked.column("example_id").to_numpy()
+            asked = asked.append_column("click", pa.array((ids % 2).astype(np.float32)))
+            asked = asked.append_column("kind", pa.array((ids % 5).astype(np.int32)))
             text = pa.array([None if row % 3 == 0 else [row] * (row % 4) for row in rows])
             write_parquet(asked.append_column("list", text), path)
             examples.append((number, path))
@@ -114,9 +120,9 @@ def write_log(folder, log):
             staged, kind="latents", config_hash="x", inputs={}, meta=meta, num_rows=len(log.user)
         )
     time_range = TimeRange(log.start_ts, log.stop_ts)
-    return JoinTask(
-        0, tuple(examples), folder / "latents", folder / "out", time_range, log.settings
-    )
+    earlier = tuple(part for part in examples if (part[0] + 1) * PERIOD_US <= log.start_ts)
+    asked = tuple(part for part in examples if part not in earlier)
+    return JoinTask(0, asked, folder / "latents", folder / "out", time_range, log.settings, earlier)
 
 
 def joined(task, out_dir, block_rows):
@@ -164,7 +170,12 @@ def test_blocks_of_any_size_give_the_same_bytes_and_the_slow_twins_answers(
     whole = joined(task, folder / "whole", 1000)
     assert joined(task, folder / "blocks", block_rows) == whole
 
-    ids = map_ipc(folder / "whole/history/bucket=000.arrow").column("example_id").to_pylist()
+    table = map_ipc(folder / "whole/history/bucket=000.arrow").to_pylist()
+    for event in table:
+        told = [event[name] for name in ("label", "label_ts", "event_type")]
+        number = event["example_id"]
+        assert told == [number % 2, log.event_ts[number], number % 5]
+    ids = [event["example_id"] for event in table]
     seen = {}
     for path in sorted((folder / "whole").glob("requests/*/*.parquet")):
         for row in pq.read_table(path, partitioning=None).to_pylist():

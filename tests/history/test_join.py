@@ -72,7 +72,9 @@ def test_every_request_has_the_history_and_prediction_of_the_slow_twin(world):
         latents, _ = worlds.latents_of(ids[window])
         codes = code_bytes(history.column("code"))[window]
         np.testing.assert_array_equal(codes, encode(latents, worlds.SPEC))
-        assert row["teacher_prob"] == worlds.latents_of(np.array([row["example_id"]]))[1][0]
+        own, prob = worlds.latents_of(np.array([row["example_id"]]))
+        assert row["teacher_code"] == encode(own, worlds.SPEC).tobytes()
+        assert row["teacher_prob"] == prob[0]
         assert row["label"] == examples["label"][row["example_id"]]
         seen += 1
     assert seen == len(want) > 200

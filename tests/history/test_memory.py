@@ -19,7 +19,7 @@ import re, sys, pathlib
 import pyarrow
 pyarrow.set_cpu_count(1)
 pyarrow.set_io_thread_count(1)
-from loopfm_ray.history.bucket import JoinSettings, JoinTask, join_bucket
+from loopfm_ray.history.join import JoinSettings, JoinTask, join_bucket
 from loopfm_ray.types import TimeRange
 
 def peak():

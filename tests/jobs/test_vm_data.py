@@ -1,19 +1,20 @@
 """What a VM's config asks for is read from the joined set, or named as missing."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from loopfm_ray.data.examples import read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
+from loopfm_ray.data.windows import count_known, plan_steps
 from loopfm_ray.errors import ConfigError, SchemaError
-from loopfm_ray.experiments import FitNetsConfig, VmStageConfig
-from loopfm_ray.jobs.train_vm import VmData, VmJob, _trained_form
+from loopfm_ray.experiments import FitNetsConfig, LearningConfig, VmStageConfig
+from loopfm_ray.history.join import JoinSettings, StoredSide, write_joined
+from loopfm_ray.jobs.train_vm import VmData, VmJob, _trained_form, _worker
+from loopfm_ray.jobs.training import Worker
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.histories import PoolConfig
 from loopfm_ray.models.history_inputs import (
@@ -23,47 +24,30 @@ from loopfm_ray.models.history_inputs import (
     SideConfig,
 )
 from loopfm_ray.models.registry import build_vm
-from loopfm_ray.store.manifest import commit, read_manifest, stage
-from loopfm_ray.store.tables import map_ipc, read_parquet, write_ipc, write_parquet
+from loopfm_ray.store.codes import decode, encode
 from loopfm_ray.train.step import make_objective
-from loopfm_ray.types import TimeRange
-from tests.serving.world import CODE, FIELDS, STOP, VM_STOP, make_world
+from loopfm_ray.train.trained import load_trained_vm
+from loopfm_ray.types import MICROS_PER_DAY, TimeRange
+from tests.serving.world import CODE, FIELDS, MAX_LEN, STOP, VM_STOP, make_world
 
 ITEM_SOURCE = "latent_by_item"
 
 
-def richer(joined: Path, target: Path) -> None:
-    """Write the joined set again with labels of events, the rows' own codes, and histories by item."""
-    rng = np.random.default_rng(0)
-    with stage(target) as staged:
-        for path in sorted(joined.rglob("*.arrow")):
-            table = map_ipc(path)
-            label = pa.array(rng.integers(0, 2, table.num_rows).astype(np.float32))
-            table = table.append_column("label", label)
-            table = table.append_column("label_ts", table.column("event_ts"))
-            write_ipc(table, staged / path.relative_to(joined))
-            if path.stem == "bucket=000":
-                write_ipc(table, staged / "history" / ITEM_SOURCE / "bucket=000.arrow")
-        for path in sorted(joined.rglob("*.parquet")):
-            table = read_parquet(path)
-            num = table.num_rows
-            own = rng.integers(0, 256, (num, CODE.num_bytes), np.uint8)
-            codes = pa.array([row.tobytes() for row in own], pa.binary(CODE.num_bytes))
-            table = table.append_column("teacher_code", codes)
-            for name, values in {"bucket": 0, "start": 1, "len": 2}.items():
-                column = pa.array(np.full(num, values, np.int64))
-                table = table.append_column(f"{ITEM_SOURCE}_{name}", column)
-            write_parquet(table, staged / path.relative_to(joined))
-        manifest = read_manifest(joined)
-        meta = {**manifest.meta, "histories": {ITEM_SOURCE: {"key": ["item"], "max_len": 5}}}
-        commit(staged, kind="joined", config_hash="c" * 16, inputs={}, meta=meta, num_rows=1)
+RICH = JoinSettings(
+    MAX_LEN,
+    25 * MICROS_PER_DAY,
+    with_own_latent=True,
+    side=StoredSide(label="label", event_type="device"),
+    keys=(("item",), ("user", "category")),
+)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     world = make_world(folder)
-    richer(world.joined, folder / "richer")
+    where = (world.prepared, world.latents, folder / "richer")
+    write_joined(*where, TimeRange(VM_STOP, STOP), RICH)
     return world
 
 
@@ -86,7 +70,8 @@ EVERYTHING = VmStageConfig(
         hidden=(8,),
         reads_teacher_latent=True,
         history=HistoryInputs.of(
-            user=LatentHistoryConfig(side=SideConfig(label=True)),
+            user=LatentHistoryConfig(side=SideConfig(label=True, num_event_types=4)),
+            within=LatentHistoryConfig(key=("user", "category")),
             item=LatentHistoryConfig(key=("item",), encoder=PoolConfig(), in_query=True),
             own=RawHistoryConfig(),
         ),
@@ -99,15 +84,22 @@ EVERYTHING = VmStageConfig(
 def test_all_inputs_at_once_are_read_and_trained_on(made):
     data = data_of(made, EVERYTHING)
     collate = data.collator(range(PreparedData.open(made.prepared).num_buckets))
-    rows = read_rows(data.requests.files(), columns=[*collate.columns, "teacher_prob"])
+    columns = [*collate.columns, "teacher_prob", "example_id"]
+    rows = read_rows(data.requests.files(), columns=columns)
     rows = {name: values[:300] for name, values in rows.items()}
     batch = collate(rows)
-    assert set(batch.histories) == {"latent", ITEM_SOURCE, "raw"}
-    assert batch.teacher_latent.shape == (300, CODE.dim)
+    assert set(batch.histories) == {"latent", ITEM_SOURCE, "latent_by_user_category", "raw"}
+    # what the snapshot said of the row itself
+    latents = np.random.default_rng(7).normal(0, 0.5, (10_000, CODE.dim))[rows["example_id"]]
+    own = decode(encode(latents.astype(np.float32), CODE), CODE)
+    np.testing.assert_array_equal(batch.teacher_latent.numpy(), own)
     user, item = batch.histories["latent"], batch.histories[ITEM_SOURCE]
-    assert set(user.label[user.mask].tolist()) == {1, 2}
+    # of positives the log tells the label, and they are not there before
+    assert set(user.label[user.mask].tolist()) == {2}
+    assert len(user.event_type[user.mask].unique()) > 3
     assert (item.label, batch.histories["raw"].label) == (None, None)
-    assert item.mask.sum(1).unique().tolist() == [2]
+    assert item.mask.sum(1)[item.row].tolist() == rows[f"{ITEM_SOURCE}_len"].tolist()
+    assert rows[f"{ITEM_SOURCE}_len"].max() > 5
 
     torch.manual_seed(0)
     model = build_vm(EVERYTHING.model, data.schema, data.item_fields, data.latent_dim)
@@ -122,6 +114,30 @@ def test_all_inputs_at_once_are_read_and_trained_on(made):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert not any("regressor" in name for name in model.state_dict())
+
+
+def test_a_vm_that_reads_everything_is_trained_by_the_workers_program(made, tmp_path, monkeypatch):
+    """The whole program of a worker, without Ray around it."""
+    reports = []
+    monkeypatch.setattr(Worker, "current", classmethod(lambda cls: cls(0, 1)))
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    monkeypatch.setattr("ray.train.report", lambda metrics, **_: reports.append(metrics))
+    learning = LearningConfig(epochs=2, batch_rows=128)
+    config = EVERYTHING.model_copy(update={"learning": learning})
+    joined = made.joined.parent / "richer"
+    one = replace(job(made, joined, config), out_dir=tmp_path / "vm", work_dir=tmp_path)
+    buckets = list(range(PreparedData.open(made.prepared).num_buckets))
+    window = one.splits.vm_train
+    counts = count_known(data_of(made, config).requests.files(window), window, window.stop_ts)
+    num_rows = sum(counts.values())
+    _worker({"job": one, "plan": plan_steps([num_rows], 128), "buckets": [buckets]})
+    assert reports[-1] == {"done": 1}
+    trained = load_trained_vm(tmp_path / "vm")
+    assert set(trained.config.history.sources) == {
+        "latent", ITEM_SOURCE, "latent_by_user_category", "raw",
+    }  # fmt: skip
+    assert trained.record["valid"]["ne"] < 1.1
+    assert trained.record["valid"]["auc"] > 0.5
 
 
 @pytest.mark.parametrize(

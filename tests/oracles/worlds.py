@@ -20,7 +20,7 @@ NUM_BUCKETS = 3
 TRAINED_UNTIL_TS = 999
 REQUESTS = TimeRange(2000, 4000)
 SPEC = CodeSpec(4, 6, (0.5, 1.0, 1.5, 2.0, 1.0, 3.0))
-SETTINGS = JoinSettings(max_len=7, retention_us=1500)
+SETTINGS = JoinSettings(max_len=7, retention_us=1500, with_own_latent=True)
 
 
 def make_examples(seed=0, num_rows=600, num_users=14, num_periods=NUM_PERIODS):

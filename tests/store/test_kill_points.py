@@ -72,6 +72,17 @@ worlds.SETTINGS = replace(worlds.SETTINGS, block_rows=10)
     + JOIN
 )
 
+JOIN_KEYED = (
+    """
+from dataclasses import replace
+from loopfm_ray.history.join import StoredSide
+worlds.SETTINGS = replace(
+    worlds.SETTINGS, block_rows=10, keys=(("item",),), side=StoredSide(label="label")
+)
+"""
+    + JOIN
+)
+
 PROGRAMS = {
     "materialize": (MATERIALIZE, "latents"),
     "replace": (REPLACE, "latents"),
@@ -82,6 +93,7 @@ PROGRAMS = {
     "compact": (COMPACT, "latents"),
     "expire": (EXPIRE, "latents"),
     "join-blocks": (JOIN_BLOCKS, "joined"),
+    "join-keyed": (JOIN_KEYED, "joined"),
 }
 
 
