@@ -77,9 +77,9 @@ def test_a_run_lives_on_s3_and_another_folder_finds_its_work_done(
     before = {name: read_manifest(place) for name, place in versions(config).items()}
     for place in versions(config).values():
         verify(place)
-    # nothing of a version is in the run's folder, nothing of the trainings is left in the store
-    kept = {path.name for path in config.paths.root.rglob("*.parquet")}
-    assert kept == set()
+    # nothing of a version is in the run's folder, only what was evaluated; nothing of the trainings is left in the store
+    kept = {path.parent.name for path in config.paths.root.rglob("*.parquet")}
+    assert kept == {"predictions"}
     assert S3Folder.of(str(config.paths.versions)).sizes("work/") == {}
     assert not list((one / "cache/staging").iterdir())
     assert summary["parity"]["num_mismatches"] == 0
