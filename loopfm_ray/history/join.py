@@ -88,9 +88,13 @@ def plan_join(
             continue
         bucket, period = int(match[1]), int(match[2])
         begin = origin_ts + period * period_us
-        if begin >= time_range.stop_ts or begin + period_us <= meta["kept_from_ts"]:
+        stop = begin + period_us
+        if begin >= time_range.stop_ts:
             continue
-        found = files if begin + period_us > time_range.start_ts else earlier
+        # before the requests only what was kept counts; a request without its latent is told of, not left out
+        if stop <= min(meta["kept_from_ts"], time_range.start_ts):
+            continue
+        found = files if stop > time_range.start_ts else earlier
         found.setdefault(bucket, []).append((period, VersionFile(version, entry.path)))
     if not files:
         raise StoreError(

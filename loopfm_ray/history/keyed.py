@@ -22,7 +22,7 @@ from loopfm_ray.history.keys import UNKNOWN_KEY, KeyReader, place_of
 from loopfm_ray.history.rows import REQUESTS, BucketRows, history_schema
 from loopfm_ray.history.settings import JoinSettings, JoinStats, JoinTask
 from loopfm_ray.history.slices import Histories, SlicePlan, numpy_columns
-from loopfm_ray.history.spill import Answers, Spill, keep, kept_tables
+from loopfm_ray.history.spill import Answers, Spill, keep, kept_rows, kept_tables
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import disk_errors
@@ -164,12 +164,14 @@ class _PlaceRows:
 
     def __init__(self, task: PlaceTask, part: int) -> None:
         self._task, self._part = task, part
-        self.num_rows = sum(table.num_rows for b in task.buckets for table in self.of(b))
+        self.num_rows = sum(kept_rows(self._path(bucket), task.place) for bucket in task.buckets)
+
+    def _path(self, bucket: int) -> Path:
+        return _dealt_paths(self._task.folder, self._task.key, bucket)[self._part]
 
     def of(self, bucket: int) -> Iterator[Table]:
         """Yield what one bucket dealt."""
-        path = _dealt_paths(self._task.folder, self._task.key, bucket)[self._part]
-        return kept_tables(path, self._task.place)
+        return kept_tables(self._path(bucket), self._task.place)
 
     def read(self, columns: Sequence[str]) -> Iterator[Table]:
         """Yield the named columns of all rows; the position of a request is its number among them."""

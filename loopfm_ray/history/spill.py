@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from loopfm_ray.data.runs import runs
 from loopfm_ray.store.tables import code_bytes, code_column, write_atomically
 
-__all__ = ["Answers", "Spill", "keep", "kept_tables"]
+__all__ = ["Answers", "Spill", "keep", "kept_rows", "kept_tables"]
 
 # Any below: pyarrow ships no types.
 Table = Any
@@ -119,7 +119,7 @@ def keep(spill: Spill, path: Path) -> None:
     """Write the rows of all places to one Arrow file, whole or not at all, from which `kept_tables` reads a place."""
     index, number = {}, 0
     for place in spill.places:
-        index[place] = (number, spill.num_tables(place))
+        index[place] = (number, spill.num_tables(place), spill.num_rows(place))
         number += spill.num_tables(place)
     schema = spill.schema.with_metadata({_INDEX: json.dumps(index)})
 
@@ -134,13 +134,26 @@ def keep(spill: Spill, path: Path) -> None:
 
 def kept_tables(path: Path, place: int) -> Iterator[Table]:
     """Yield what `Spill.tables` gave of one place when `keep` wrote it."""
-    with pa.memory_map(str(path)) as source:
+    # not mapped: pages of a mapped file would count as memory of the task
+    with pa.OSFile(str(path)) as source:
         reader = pa.ipc.open_file(source)
-        index = json.loads(reader.schema.metadata[_INDEX])
-        first, num_tables = index.get(str(place), (0, 0))
+        first, num_tables, _ = _index_of(reader, place)
         for number in range(first, first + num_tables):
             table = pa.Table.from_batches([reader.get_batch(number)])
             yield table.replace_schema_metadata(None)
+
+
+def kept_rows(path: Path, place: int) -> int:
+    """Return how many rows of one place `keep` wrote."""
+    with pa.OSFile(str(path)) as source:
+        return _index_of(pa.ipc.open_file(source), place)[2]
+
+
+def _index_of(reader: Any, place: int) -> tuple[int, int, int]:
+    """Return the first batch of a place, and the numbers of its batches and rows."""
+    index = json.loads(reader.schema.metadata[_INDEX])
+    first, num_tables, num_rows = index.get(str(place), (0, 0, 0))
+    return first, num_tables, num_rows
 
 
 def _one_batch(table: Table, schema: Any) -> Any:

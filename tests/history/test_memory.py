@@ -37,6 +37,20 @@ before = peak()
 stats = join_bucket(task("out", examples, num_periods * 1_000_000))
 print(stats.num_history_rows, stats.num_extra_rows, peak() - before)
 """
+KEYED = """
+from dataclasses import replace
+from loopfm_ray.history.keyed import DealTask, PlaceTask, deal_bucket, join_place
+from loopfm_ray.history.settings import KeyedPlaces
+
+def join_bucket(task):
+    settings = replace(task.settings, keys=(("item",),))
+    task = replace(task, settings=settings, keyed=KeyedPlaces(task.out_dir / "dealt", 1))
+    deal_bucket(DealTask(task, folder, 1, task.keyed.folder))
+    place = PlaceTask(("item",), 0, (0,), worlds.SPEC, settings, task.keyed.folder, task.out_dir)
+    stats = join_place(place)
+    join_users(task)
+    return stats
+"""
 # what an allocator keeps for later depends on which thread freed what: give back what is free, or the peak is a dice roll
 GIVE_BACK = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -73,7 +87,7 @@ def write_log(folder, num_periods, share):
             arrays = [pa.array(values[f.name]).cast(f.type) for f in schema]
             table = pa.Table.from_arrays(arrays, schema=schema)
             write_rows(table, staged / shard_path(period, 0), Rule())
-            asked = table.select(["example_id", "user", "event_ts"])
+            asked = table.select(["example_id", "user", "item", "event_ts"])
             write_parquet(asked, folder / f"examples/{period}.parquet")
         commit(
             staged,
@@ -85,11 +99,11 @@ def write_log(folder, num_periods, share):
         )
 
 
-def peak_of_join(folder, num_periods, share):
+def peak_of_join(folder, num_periods, share, code=CODE):
     """Return KiB that a join adds to what its process had."""
     write_log(folder, num_periods, share)
     result = subprocess.run(
-        [sys.executable, "-c", CODE, str(folder), str(num_periods)],
+        [sys.executable, "-c", code, str(folder), str(num_periods)],
         capture_output=True,
         text=True,
         check=True,
@@ -107,4 +121,17 @@ def test_memory_of_a_join_follows_neither_the_log_nor_its_skew(tmp_path):
     short = peak_of_join(tmp_path / "short", 5, 0.0)
     for num_periods, share in ((20, 0.0), (20, 0.1), (20, 1.0)):
         peak = peak_of_join(tmp_path / f"{share}", num_periods, share)
+        assert peak < 1.5 * short, (share, peak, short)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_memory_of_a_join_by_item_follows_neither_the_log_nor_its_skew(tmp_path):
+    start = CODE.index("folder, num")
+    head = CODE[:start].replace("join_bucket\n", "join_bucket as join_users\n")
+    code = head + "from tests.oracles import worlds\n" + KEYED + CODE[start:]
+    short = peak_of_join(tmp_path / "short", 5, 0.0, code)
+    for num_periods, share in ((15, 0.0), (15, 1.0)):
+        peak = peak_of_join(tmp_path / f"{share}", num_periods, share, code)
+        print(f"share {share}: {peak} KiB, a third of the log: {short} KiB")  # noqa: T201
         assert peak < 1.5 * short, (share, peak, short)
