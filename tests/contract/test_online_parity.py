@@ -130,7 +130,8 @@ def kind(request):
 def test_online_history_equals_the_join_on_the_live_version_at_any_time(kind):
     tally = Tally()
 
-    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
+    # the same examples every time, since what they met is counted
+    @settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(EVENT, min_size=12, max_size=40),
         st.lists(STEP, min_size=1, max_size=3, unique_by=lambda step: step[0]),
