@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loopfm_ray import __version__, log
+from loopfm_ray import __version__, cli_compare, log
 from loopfm_ray.cli_options import (
     ConfigArgument,
     FreshOption,
@@ -43,6 +43,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+cli_compare.add_verbs(app)
 
 
 def main() -> None:
@@ -259,37 +262,6 @@ def freshness(
     _print_result(result, as_json)
     if result["alarms"]:
         raise typer.Exit(1)
-
-
-@app.command()
-def experiment(
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG", help="An experiment: a YAML file, or the name of one in the package."
-        ),
-    ],
-    overrides: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Run models, arms and variants of a pipeline under several seeds and compare them; goes on where it stopped."""
-    log.setup("INFO" if verbose else "WARNING")
-    from loopfm_ray.experiment_grid import ExperimentConfig
-
-    settings = load_config(ExperimentConfig, find_config(config), overrides or ())
-    from loopfm_ray.jobs.experiment import run_experiment
-
-    with show_progress() as progress:
-        summary = run_experiment(settings, progress=progress)
-    if as_json:
-        typer.echo(json.dumps(summary, indent=1))
-        return
-    from loopfm_ray.report.table import write_cells
-
-    write_cells(summary, sys.stdout)
-    typer.echo(f"summary: {settings.root / 'summary.json'}")
-    typer.echo(f"report: {settings.root / 'report.html'}")
 
 
 @app.command()

@@ -20,10 +20,16 @@ from loopfm_ray.report.words import (
     pretty_name,
 )
 
-__all__ = ["write_cells", "write_table"]
+__all__ = ["write_analysis", "write_cells", "write_table"]
 
 _PLAIN_WIDTH = 140
 _SERVED = "vm_kd_loopfm"
+_TERMS = {
+    "temporal": "what the raw history tells: I(H; y | x)",
+    "cross": "what the FM adds to the raw history: I(S; y | x, H)",
+    "residual": "what the channel lost of the raw history: I(H; y | x, S)",
+    "loopfm": "what the FM's history tells: temporal + cross - residual",
+}
 
 
 def write_table(summary: Mapping[str, Any], stream: TextIO) -> None:
@@ -59,6 +65,32 @@ def write_cells(summary: Mapping[str, Any], stream: TextIO) -> None:
         value = summary[name]
         shown = format_number(value, 2) if name == "transfer_ratio_over_kd" else format_share(value)
         console.print(Text(f"{name.replace('_', ' ')}: {shown}"))
+
+
+def write_analysis(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Write a gain decomposition to `stream`: its terms in nats, with their intervals."""
+    mean = result["mean"]
+    table = _table(("term",), stream.isatty())
+    for name in ("nats", "95 % interval", "what it is"):
+        table.add_column(name, no_wrap=True)
+    for name, text in _TERMS.items():
+        term = mean[name]
+        low, high = (format_number(term[key], 5, signed=True) for key in ("low", "high"))
+        value = format_number(term["value"], 5, signed=True)
+        table.add_row(*(Text(cell) for cell in (f"I_{name}", value, f"{low} to {high}", text)))
+    console = _console(stream)
+    console.print(table)
+    lines = (
+        ("the FM's lead over the plain VM, nats", format_number(mean["teacher_gain"], 5)),
+        (
+            "transfer ratio of the history alone, at least",
+            format_share(mean["transfer_ratio_bound"]),
+        ),
+        ("share of the raw history that the channel lost", format_share(mean["tau"])),
+        ("rows; users", f"{format_count(mean['num_rows'])}; {format_count(mean['num_users'])}"),
+    )
+    for name, value in lines:
+        console.print(Text(f"{name}: {value}"))
 
 
 def _console(stream: TextIO) -> Console:

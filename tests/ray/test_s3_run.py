@@ -80,7 +80,9 @@ def test_a_run_lives_on_s3_and_another_folder_finds_its_work_done(
     # nothing of a version is in the run's folder, only what was evaluated; nothing of the trainings is left in the store
     kept = {path.parent.name for path in config.paths.root.rglob("*.parquet")}
     assert kept == {"predictions"}
-    assert S3Folder.of(str(config.paths.versions)).sizes("work/") == {}
+    # but for the names of folders, which Arrow's S3 client writes as empty objects
+    left = S3Folder.of(str(config.paths.versions)).sizes("work/")
+    assert [name for name in left if not name.endswith("/")] == []
     assert not list((one / "cache/staging").iterdir())
     assert summary["parity"]["num_mismatches"] == 0
     assert summary["audit"]["num_leaks"] == 0

@@ -1,0 +1,120 @@
+"""The verbs that compare runs: experiments over many cells, and the analysis of where a gain comes from."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from loopfm_ray import log
+from loopfm_ray.cli_options import (
+    ConfigArgument,
+    JsonOption,
+    SetOption,
+    VerboseOption,
+    find_config,
+)
+from loopfm_ray.config import load_config, read_yaml
+from loopfm_ray.errors import ConfigError
+from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.terminal import show_progress
+
+__all__ = ["add_verbs"]
+
+_DEFAULT_CONFIG = "complete_journey"
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Give `app` these verbs."""
+    app.command()(experiment)
+    app.command()(analyze)
+
+
+def experiment(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="An experiment: a YAML file, or the name of one in the package."
+        ),
+    ],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run models, arms and variants of a pipeline under several seeds and compare them; goes on where it stopped."""
+    log.setup("INFO" if verbose else "WARNING")
+    from loopfm_ray.experiment_grid import ExperimentConfig
+
+    settings = load_config(ExperimentConfig, find_config(config), overrides or ())
+    from loopfm_ray.jobs.experiment import run_experiment
+
+    with show_progress() as progress:
+        summary = run_experiment(settings, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from loopfm_ray.report.table import write_cells
+
+    write_cells(summary, sys.stdout)
+    typer.echo(f"summary: {settings.root / 'summary.json'}")
+    typer.echo(f"report: {settings.root / 'report.html'}")
+
+
+def analyze(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Of an experiment, which variant; its first one if not given."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Of an experiment, which model; its first one if not given.")
+    ] = None,
+    plain: Annotated[str | None, typer.Option(help="The VM without history.")] = None,
+    raw: Annotated[str | None, typer.Option(help="The VM with its raw history.")] = None,
+    latent: Annotated[str | None, typer.Option(help="The VM with the FM's latents.")] = None,
+    both: Annotated[str | None, typer.Option(help="The VM with both histories.")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Tell where the gain of the FM's history comes from, in nats, with intervals over users (after evaluate)."""
+    log.setup("INFO" if verbose else "WARNING")
+    from loopfm_ray.jobs.analyze import run_analysis
+
+    settings, prefix = _finished_run(config or _DEFAULT_CONFIG, overrides or [], variant, model)
+    chosen = {"x": plain, "xh": raw, "xs": latent, "xhs": both}
+    result = run_analysis(settings, chosen, prefix)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    from loopfm_ray.report.table import write_analysis
+
+    write_analysis(result, sys.stdout)
+    typer.echo(f"analysis: {settings.paths.root / 'analysis.json'}")
+
+
+def _finished_run(
+    name: str, overrides: list[str], variant: str | None, model: str | None
+) -> tuple[PipelineConfig, str]:
+    """Return the pipeline of a run, and what the names of the VMs in question begin with."""
+    path = find_config(name)
+    if read_yaml(path).get("kind") != "experiment":
+        wrong: dict[str, Any] = {"--variant": variant, "--model": model}
+        given = [option for option, value in wrong.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given} are of an experiment, {path} is a pipeline; leave them out")
+        return load_config(PipelineConfig, path, overrides), ""
+    from loopfm_ray.experiment_grid import ExperimentConfig, cell_name
+
+    experiment = load_config(ExperimentConfig, path, overrides)
+    variant, model = (
+        variant or next(iter(experiment.variants)),
+        model or next(iter(experiment.models)),
+    )
+    for what, found, known in (
+        ("variant", variant, experiment.variants),
+        ("model", model, experiment.models),
+    ):
+        if found not in known:
+            raise ConfigError(f"the experiment has no {what} {found!r}, it has {sorted(known)}")
+    return experiment.pipeline(variant), cell_name(model, "")
