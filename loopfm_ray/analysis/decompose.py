@@ -25,10 +25,12 @@ from numpy.typing import ArrayLike, NDArray
 from loopfm_ray.errors import MetricError
 from loopfm_ray.metrics.binary import PROB_EPSILON, as_columns
 
-__all__ = ["INPUTS", "Decomposition", "Estimate", "decompose", "row_logloss"]
+__all__ = ["FM", "INPUTS", "Decomposition", "Estimate", "decompose", "row_logloss"]
 
 INPUTS = ("x", "xh", "xs", "xhs")
 """What the four models see."""
+FM = "fm"
+"""Where the losses of the FM are, if they are given."""
 _NUM_DRAWS = 1000
 _CHUNK = 50
 
@@ -55,6 +57,9 @@ class Decomposition:
         loopfm: I(S; y | x).
         tau: residual / temporal: the share of the raw history's information that the channel lost; None where the
             raw history tells nothing.
+        transfer_ratio: loopfm / (L(x) - L(FM)): the share of the FM's lead over the plain VM that its history carries over,
+            in logloss; None without the FM's losses, or where the FM does not lead. By the chain rule it equals the
+            lower bound of theorem 2, `((1 - tau) I_temporal + I_cross) / teacher gain`, with tau as estimated here.
         num_rows: rows measured on.
         num_users: users among them.
     """
@@ -64,30 +69,9 @@ class Decomposition:
     residual: Estimate
     loopfm: Estimate
     tau: float | None
+    transfer_ratio: Estimate | None
     num_rows: int
     num_users: int
-
-    def transfer_ratio_bound(self, teacher_gain: float) -> float:
-        """Return the lower bound of the transfer ratio of a first launch, in nats of this decomposition.
-
-        `((1 - tau) I_temporal + I_cross) / teacher_gain`: by the chain rule this is the transfer that the history alone
-        gives.
-
-        Args:
-            teacher_gain: logloss of the plain VM minus that of the FM, on the same rows.
-
-        Raises:
-            MetricError: the FM does not beat the plain VM.
-
-        Source: LoopFM, theorem 2.
-        """
-        if not teacher_gain > 0:
-            raise MetricError(
-                f"the bound needs an FM that beats the plain VM, found a teacher gain of {teacher_gain} nats;"
-                " train the FM longer or with more features"
-            )
-        kept = self.temporal.value - self.residual.value
-        return (kept + self.cross.value) / teacher_gain
 
 
 def row_logloss(label: ArrayLike, prob: ArrayLike) -> Floats:
@@ -104,7 +88,8 @@ def decompose(
     """Return the terms from the row loglosses of the four models.
 
     Args:
-        losses: [N] for each of `INPUTS`, on the same rows in the same order; means over seeds are welcome.
+        losses: [N] for each of `INPUTS`, and of `FM` where the transfer ratio is asked for, on the same rows in the same
+            order; means over seeds are welcome.
         user: [N] whose row it is; users are drawn with replacement for the intervals.
         seed: of the draws.
 
@@ -112,13 +97,14 @@ def decompose(
         MetricError: a model is missing, or rows do not fit.
     """
     missing = [name for name in INPUTS if name not in losses]
-    lengths = {len(losses[name]) for name in INPUTS if name in losses} | {len(user)}
+    models = [*INPUTS, FM] if FM in losses else [*INPUTS]
+    lengths = {len(losses[name]) for name in models if name in losses} | {len(user)}
     if missing or len(lengths) != 1 or not len(user):
         raise MetricError(
             f"decompose needs loglosses of {INPUTS} on the same rows, found {sorted(losses)} with lengths"
             f" {sorted(lengths)}; score all four models on the same test rows"
         )
-    stacked = np.stack([np.asarray(losses[name], np.float64) for name in INPUTS], axis=1)
+    stacked = np.stack([np.asarray(losses[name], np.float64) for name in models], axis=1)
     whole = stacked.mean(0)
     drawn = _bootstrap(stacked, np.asarray(user), seed)
     terms = {"temporal": (0, 1), "cross": (1, 3), "residual": (2, 3), "loopfm": (0, 2)}
@@ -130,9 +116,22 @@ def decompose(
     return Decomposition(
         **found,
         tau=found["residual"].value / temporal if temporal > 0 else None,
+        transfer_ratio=_transfer_ratio(whole, drawn),
         num_rows=len(stacked),
         num_users=len(np.unique(user)),
     )
+
+
+def _transfer_ratio(whole: Floats, drawn: Floats) -> Estimate | None:
+    """Return the share of the FM's lead that its history carries over, from mean losses of `INPUTS` and of the FM."""
+    if len(whole) == len(INPUTS) or not whole[0] > whole[-1]:
+        return None
+    lead = drawn[:, 0] - drawn[:, -1]
+    # a draw in which the FM does not lead says that any ratio may be
+    ratios = np.where(lead > 0, (drawn[:, 0] - drawn[:, 2]) / np.where(lead > 0, lead, 1.0), np.inf)
+    low, high = np.quantile(ratios, [0.025, 0.975], method="nearest")
+    value = (whole[0] - whole[2]) / (whole[0] - whole[-1])
+    return Estimate(float(value), float(low), float(high))
 
 
 def _bootstrap(values: Floats, user: NDArray[np.integer], seed: int) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopfm_ray.analysis.decompose import INPUTS, Decomposition, decompose, row_logloss
+from loopfm_ray.analysis.decompose import FM, INPUTS, decompose, row_logloss
 from loopfm_ray.errors import MetricError
 
 __all__ = ["HISTORIES", "analyze_predictions", "choose_models"]
@@ -50,7 +50,7 @@ def choose_models(histories: Mapping[str, str], chosen: Mapping[str, str | None]
 def analyze_predictions(
     models: Mapping[str, str], seeds: Sequence[int], read: Callable[[int, str], Predictions]
 ) -> Json:
-    """Return the decomposition over the mean loss of all seeds, that of each seed, and the bound of the transfer ratio.
+    """Return the decomposition of the mean loss over all seeds, and that of each seed.
 
     The loss of a row is its mean over seeds, so the intervals are over users, not over trainings.
 
@@ -60,20 +60,20 @@ def analyze_predictions(
         read: seed and model, `fm` among them, to its kept predictions: example_id, user, label, logit.
 
     Raises:
-        MetricError: models were evaluated on different rows.
+        MetricError: models, or seeds, were evaluated on different rows.
     """
     per_seed: Json = {}
     summed: dict[str, NDArray[np.float64]] = {}
-    user = np.zeros(0, dtype=np.int64)
+    first = read(seeds[0], models["x"])
     for seed in seeds:
-        rows = {place: read(seed, name) for place, name in {**models, "fm": "fm"}.items()}
-        _check_same_rows(rows, seed)
-        user = rows["x"]["user"]
-        losses = {place: _losses(found) for place, found in rows.items()}
-        for place, loss in losses.items():
-            summed[place] = summed.get(place, np.zeros(len(loss))) + loss / len(seeds)
-        per_seed[str(seed)] = _tree(losses, user)
-    return {"models": dict(models), "mean": _tree(summed, user), "per_seed": per_seed}
+        losses = {}
+        for place, name in {**models, FM: FM}.items():
+            rows = read(seed, name)
+            _check_same_rows(rows, first, f"{name} of seed {seed}")
+            losses[place] = _losses(rows)
+            summed[place] = summed.get(place, 0.0) + losses[place] / len(seeds)
+        per_seed[str(seed)] = _tree(losses, first["user"])
+    return {"models": dict(models), "mean": _tree(summed, first["user"]), "per_seed": per_seed}
 
 
 def _losses(rows: Predictions) -> NDArray[np.float64]:
@@ -81,28 +81,21 @@ def _losses(rows: Predictions) -> NDArray[np.float64]:
 
 
 def _tree(losses: Mapping[str, NDArray[np.float64]], user: NDArray[np.integer]) -> Json:
-    terms = decompose(losses, user)
     logloss = {place: float(loss.mean()) for place, loss in losses.items()}
-    teacher_gain = logloss["x"] - logloss["fm"]
     return {
-        **asdict(terms),
+        **asdict(decompose(losses, user)),
         "logloss": logloss,
-        "teacher_gain": teacher_gain,
-        "transfer_ratio_bound": _bound(terms, teacher_gain),
+        "teacher_gain": logloss["x"] - logloss[FM],
     }
 
 
-def _bound(terms: Decomposition, teacher_gain: float) -> float | None:
-    """Return the bound, or None where the FM is no better than the plain VM: there is nothing to transfer."""
-    return terms.transfer_ratio_bound(teacher_gain) if teacher_gain > 0 else None
-
-
-def _check_same_rows(rows: Mapping[str, Predictions], seed: int) -> None:
-    first = rows["x"]["example_id"]
+def _check_same_rows(rows: Predictions, first: Predictions, name: str) -> None:
     wrong = [
-        place for place, found in rows.items() if not np.array_equal(found["example_id"], first)
+        column
+        for column in ("example_id", "user", "label")
+        if not np.array_equal(rows[column], first[column])
     ]
     if wrong:
         raise MetricError(
-            f"seed {seed}: the predictions for {wrong} are of other test rows than those of the plain VM; evaluate again"
+            f"the predictions of {name} are of other test rows than the first: {wrong} differ; evaluate the whole run again"
         )

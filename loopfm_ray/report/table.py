@@ -82,15 +82,19 @@ def write_analysis(result: Mapping[str, Any], stream: TextIO) -> None:
     console.print(table)
     lines = (
         ("the FM's lead over the plain VM, nats", format_number(mean["teacher_gain"], 5)),
-        (
-            "transfer ratio of the history alone, at least",
-            format_share(mean["transfer_ratio_bound"]),
-        ),
+        ("share of it that the history carries over", _interval(mean["transfer_ratio"])),
         ("share of the raw history that the channel lost", format_share(mean["tau"])),
         ("rows; users", f"{format_count(mean['num_rows'])}; {format_count(mean['num_users'])}"),
     )
     for name, value in lines:
         console.print(Text(f"{name}: {value}"))
+
+
+def _interval(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return format_share(None)
+    value, low, high = (format_share(estimate[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def _console(stream: TextIO) -> Console:

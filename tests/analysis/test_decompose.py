@@ -68,13 +68,20 @@ def test_the_chain_rule_holds_for_any_loglosses():
     )
 
 
-def test_the_bound_is_what_the_history_gives():
+def test_the_transfer_ratio_is_what_the_history_gives_of_the_lead_of_the_fm():
     label, probs, user, exact = known_world()
-    found = decompose({name: row_logloss(label, p) for name, p in probs.items()}, user)
-    gain = exact["x"] - exact["xhs"]
-    assert found.transfer_ratio_bound(gain) == pytest.approx(found.loopfm.value / gain)
-    with pytest.raises(MetricError, match="beats the plain VM"):
-        found.transfer_ratio_bound(0.0)
+    losses = {name: row_logloss(label, p) for name, p in probs.items()}
+    assert decompose(losses, user).transfer_ratio is None
+    found = decompose({**losses, "fm": losses["xhs"]}, user)
+    want = (exact["x"] - exact["xs"]) / (exact["x"] - exact["xhs"])
+    ratio = found.transfer_ratio
+    assert ratio.value == pytest.approx(want, rel=0.05)
+    assert ratio.low < want < ratio.high
+    # the bound of theorem 2, with tau as estimated, is the same number
+    lead = losses["x"].mean() - losses["xhs"].mean()
+    bound = ((1 - found.tau) * found.temporal.value + found.cross.value) / lead
+    assert bound == pytest.approx(ratio.value)
+    assert decompose({**losses, "fm": losses["x"]}, user).transfer_ratio is None
 
 
 def test_intervals_count_users_not_rows():

@@ -66,7 +66,7 @@ def test_the_verb_prints_the_terms_and_writes_them(config_file):
     assert found["models"]["xhs"] == "deep.both"
     mean = found["mean"]
     assert mean["loopfm"]["low"] < mean["loopfm"]["value"] < mean["loopfm"]["high"]
-    assert 0 < mean["transfer_ratio_bound"] < 1
+    assert 0 < mean["transfer_ratio"]["low"] < mean["transfer_ratio"]["value"] < 1
     written = config_file.parent / "runs/small/variants/main/analysis.json"
     assert json.loads(written.read_text()) == found
     shown = run(config_file, "--model", "deep").stdout
