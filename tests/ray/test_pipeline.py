@@ -27,7 +27,7 @@ SMALL = [
     "data.num_users=60",
     "data.period_s=86400",  # a shard for each bucket and day: many
     "fm.learning.num_workers=2",
-    "fm.learning.checkpoint_steps=3",
+    "fm.learning.checkpoint_steps=8",
     "fm.learning.batch_rows=64",
 ]
 

@@ -44,6 +44,7 @@ TREE = {
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_vm_reads_all_that_the_join_writes(tmp_path):
     config = validate(PipelineConfig, {**TREE, "run_dir": str(tmp_path)}, "test")
