@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print all keys, not only numbers")
     parser.add_argument("--data", choices=KINDS, default="synthetic")
-    parser.add_argument("--rows", type=int, default=500_000, help="of the generated log")
+    parser.add_argument("--rows", type=int, default=1_500_000, help="of the generated log")
     parser.add_argument("--users", type=int, default=10_000, help="of the generated log")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ray-repeats", type=int, default=2)
