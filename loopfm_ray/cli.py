@@ -13,6 +13,7 @@ from rich.console import Console
 
 from loopfm_ray import __version__, cli_compare, log
 from loopfm_ray.cli_options import (
+    DEFAULT_CONFIG,
     ConfigArgument,
     FreshOption,
     JsonOption,
@@ -30,7 +31,6 @@ from loopfm_ray.types import TimeRange
 __all__ = ["app", "main"]
 
 _LOGGER = logging.getLogger(__name__)
-_DEFAULT_CONFIG = "complete_journey"
 _REDIRECTED = Console(stderr=True)
 
 app = typer.Typer(
@@ -310,7 +310,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def _load(config: str | None, overrides: list[str] | None, verbose: bool) -> PipelineConfig:
     log.setup("INFO" if verbose else "WARNING")
-    return load_config(PipelineConfig, find_config(config or _DEFAULT_CONFIG), overrides or ())
+    return load_config(PipelineConfig, find_config(config or DEFAULT_CONFIG), overrides or ())
 
 
 def _time_range(start: str | None, stop: str | None, fresh: bool) -> TimeRange | None:

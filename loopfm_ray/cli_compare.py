@@ -8,6 +8,7 @@ import typer
 
 from loopfm_ray import log
 from loopfm_ray.cli_options import (
+    DEFAULT_CONFIG,
     ConfigArgument,
     JsonOption,
     SetOption,
@@ -20,8 +21,6 @@ from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.terminal import show_progress
 
 __all__ = ["add_verbs"]
-
-_DEFAULT_CONFIG = "complete_journey"
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -81,7 +80,7 @@ def analyze(
     log.setup("INFO" if verbose else "WARNING")
     from loopfm_ray.jobs.analyze import run_analysis
 
-    settings, prefix = _finished_run(config or _DEFAULT_CONFIG, overrides or [], variant, model)
+    settings, prefix = _finished_run(config or DEFAULT_CONFIG, overrides or [], variant, model)
     chosen = {"x": plain, "xh": raw, "xs": latent, "xhs": both}
     result = run_analysis(settings, chosen, prefix)
     if as_json:

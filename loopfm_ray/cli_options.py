@@ -8,6 +8,7 @@ import typer
 from loopfm_ray.errors import ConfigError
 
 __all__ = [
+    "DEFAULT_CONFIG",
     "ConfigArgument",
     "FreshOption",
     "JsonOption",
@@ -16,6 +17,8 @@ __all__ = [
     "VerboseOption",
     "find_config",
 ]
+
+DEFAULT_CONFIG = "complete_journey"
 
 ConfigArgument = Annotated[
     str | None,

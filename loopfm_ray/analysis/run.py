@@ -64,16 +64,18 @@ def analyze_predictions(
     """
     per_seed: Json = {}
     summed: dict[str, NDArray[np.float64]] = {}
-    first = read(seeds[0], models["x"])
+    first: Predictions | None = None
     for seed in seeds:
         losses = {}
         for place, name in {**models, FM: FM}.items():
             rows = read(seed, name)
+            first = rows if first is None else first
             _check_same_rows(rows, first, f"{name} of seed {seed}")
             losses[place] = _losses(rows)
             summed[place] = summed.get(place, 0.0) + losses[place] / len(seeds)
-        per_seed[str(seed)] = _tree(losses, first["user"])
-    return {"models": dict(models), "mean": _tree(summed, first["user"]), "per_seed": per_seed}
+            user = first["user"]
+        per_seed[str(seed)] = _tree(losses, user)
+    return {"models": dict(models), "mean": _tree(summed, user), "per_seed": per_seed}
 
 
 def _losses(rows: Predictions) -> NDArray[np.float64]:

@@ -61,7 +61,8 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> 
                 _run_variant(config, variant, progress)
                 _LOGGER.info("variant %s done, %d of %d", variant, number, len(waiting))
                 progress(f"variant {variant}", 1, 1)
-                summarise(config)
+                summary = summarise(config)
+        return summary
     return summarise(config)
 
 

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import words
-from loopfm_ray.report.page import plotly_base64, yaml_text
+from loopfm_ray.report.page import plotly_base64, render_template, yaml_text
 from loopfm_ray.store.tables import write_atomically
 
 __all__ = ["build_grid_report", "render_grid", "render_markdown"]
@@ -74,15 +72,9 @@ def render_grid(summary: Mapping[str, Any]) -> str:
         DataError: the summary lacks a key.
     """
     _check(summary)
-    environment = Environment(
-        loader=PackageLoader("loopfm_ray.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = [_auc_figure(summary), *_variant_figures(summary)]
-    return environment.get_template("grid.html.j2").render(
+    return render_template(
+        "grid.html.j2",
         summary=summary,
         words=words,
         headline=headline(summary),

@@ -21,7 +21,7 @@ from loopfm_ray.report import words
 from loopfm_ray.report.figures import build_figures
 from loopfm_ray.report.summary import Channel, ModelRecord, Summary, read_summary
 
-__all__ = ["build_report", "plotly_base64", "render_report", "yaml_text"]
+__all__ = ["build_report", "plotly_base64", "render_report", "render_template", "yaml_text"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,8 @@ def render_report(summary: Mapping[str, Any]) -> str:
     """
     record = read_summary(summary)
     figures = build_figures(record)
-    environment = Environment(
-        loader=PackageLoader("loopfm_ray.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return render_template(
+        "page.html.j2",
         summary=record,
         words=words,
         columns=_COLUMNS,
@@ -100,6 +94,18 @@ def render_report(summary: Mapping[str, Any]) -> str:
         scored=_scored(record),
         config=yaml_text(record.config),
     )
+
+
+def render_template(name: str, **values: object) -> str:
+    """Return a page of this package: every value is escaped, and none may be missing."""
+    environment = Environment(
+        loader=PackageLoader("loopfm_ray.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name).render(**values)
 
 
 def _model_rows(summary: Summary) -> list[ModelRow]:
