@@ -9,7 +9,7 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.evaluate import read_predictions
 from loopfm_ray.jobs.stages import predictions_path
-from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.tables import write_text
 
 __all__ = ["run_analysis"]
 
@@ -43,5 +43,5 @@ def run_analysis(
     result = analyze_predictions(choose_models(histories, chosen), config.seeds, read)
     text = json.dumps(result, indent=1)
     path = config.paths.root / "analysis.json"
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return result

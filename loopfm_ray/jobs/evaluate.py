@@ -24,7 +24,7 @@ from loopfm_ray.jobs.training import score_rows
 from loopfm_ray.metrics.calibration import calibration_bins, fit_platt
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, read_manifest
-from loopfm_ray.store.tables import read_parquet, write_atomically, write_parquet
+from loopfm_ray.store.tables import read_parquet, write_parquet, write_text
 from loopfm_ray.train.evaluate import Predictions, binary_metrics
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
@@ -187,7 +187,7 @@ def _bins(predictions: Predictions) -> list[dict[str, float]]:
 def write_record(record: EvaluationRecord, path: Path) -> None:
     """Write a record as JSON, whole or not at all."""
     text = json.dumps(asdict(record), indent=1)
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def read_record(path: Path) -> EvaluationRecord | None:

@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells, headline
@@ -27,7 +26,7 @@ from loopfm_ray.report.grid import build_grid_report
 from loopfm_ray.store.filesystem import remove_tree
 from loopfm_ray.store.manifest import code_version, read_manifest
 from loopfm_ray.store.pool import Pool
-from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.tables import write_text
 
 __all__ = ["run_experiment"]
 
@@ -52,7 +51,7 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> 
         LoopFMError: a stage failed; running the same config again goes on there.
     """
     config.root.mkdir(parents=True, exist_ok=True)
-    _write(config.root / "config.yaml", dump_yaml(config))
+    write_text(config.root / "config.yaml", dump_yaml(config))
     waiting = [name for name in config.variants if not _is_done(config, name)]
     if waiting:
         with connect(config.ray):
@@ -94,7 +93,7 @@ def summarise(config: ExperimentConfig) -> dict[str, Any]:
         "seconds": {name: item["seconds"] for name, item in done.items()},
         "config": config.model_dump(mode="json"),
     }
-    _write(config.root / "summary.json", json.dumps(summary, indent=1))
+    write_text(config.root / "summary.json", json.dumps(summary, indent=1))
     build_grid_report(summary, config.root)
     return summary
 
@@ -102,7 +101,7 @@ def summarise(config: ExperimentConfig) -> dict[str, Any]:
 def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> None:
     pipeline = config.pipeline(variant)
     pipeline.paths.records.mkdir(parents=True, exist_ok=True)
-    _write(pipeline.paths.config, dump_yaml(pipeline))
+    write_text(pipeline.paths.config, dump_yaml(pipeline))
     context = Context(pipeline, progress, pool=Pool(config.root / "pool"), any_code=config.any_code)
     seconds = {}
     for name in _STAGES:
@@ -116,7 +115,7 @@ def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> 
         "seconds": seconds,
         "channel": channel,
     }
-    _write(pipeline.paths.root / _DONE, json.dumps(done, indent=1))
+    write_text(pipeline.paths.root / _DONE, json.dumps(done, indent=1))
     if not config.keep_data:
         for seed in config.seeds:
             for folder in (pipeline.paths.latents(seed), pipeline.paths.joined(seed)):
@@ -183,7 +182,3 @@ def _fm_records(config: ExperimentConfig, variant: str) -> dict[str, Any]:
         "train_rows_per_s": records[0]["train_rows_per_s"],
         "train_s": records[0]["seconds"],
     }
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))

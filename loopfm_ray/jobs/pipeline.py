@@ -29,7 +29,7 @@ from loopfm_ray.store.manifest import code_version, read_manifest
 from loopfm_ray.store.s3 import check_access
 from loopfm_ray.store.sizes import measure_sizes, online_event_bytes
 from loopfm_ray.store.space import Space
-from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.tables import write_text
 from loopfm_ray.store.target import is_redis
 from loopfm_ray.train.curves import read_curves
 from loopfm_ray.types import TimeRange
@@ -93,7 +93,7 @@ def _begin(config: PipelineConfig, progress: Progress, fresh: bool) -> Context:
         raise StoreError(
             f"run folder {paths.root} can not be made: {error.strerror}; set run_dir to a folder you can write to"
         ) from error
-    _write(paths.config, dump_yaml(config))
+    write_text(paths.config, dump_yaml(config))
     return Context(config, progress, fresh)
 
 
@@ -110,7 +110,7 @@ def _run(context: Context, name: str) -> dict[str, Any]:
     worked = before is None or before["key"] != key or before["result"] != result
     if worked or context.fresh or name == "parity":
         # a stage that found its work done keeps the time that the work took
-        _write(path, json.dumps({"key": key, "seconds": seconds, "result": result}, indent=1))
+        write_text(path, json.dumps({"key": key, "seconds": seconds, "result": result}, indent=1))
     return result
 
 
@@ -142,12 +142,12 @@ def _finish(context: Context) -> dict[str, Any]:
         json.dumps({key: curve[key] for key in ("run", "seed", "step", "split", "name", "value")})
         for curve in curves
     ]
-    _write(paths.metrics, "\n".join(lines) + "\n")
+    write_text(paths.metrics, "\n".join(lines) + "\n")
     summary = _summary(config, records, curves)
     build_report(summary, paths.report)
     summary["seconds"]["report"] = time.perf_counter() - started
-    _write(paths.summary, json.dumps(summary, indent=1))
-    _write(paths.root / "manifest.json", json.dumps(_manifest(config, summary), indent=1))
+    write_text(paths.summary, json.dumps(summary, indent=1))
+    write_text(paths.root / "manifest.json", json.dumps(_manifest(config, summary), indent=1))
     shutil.rmtree(paths.work, ignore_errors=True)
     context.progress("report", 1, 1)
     return summary
@@ -265,7 +265,3 @@ def _online_bytes(target: str, space: str) -> int | None:
         return None
     folder = Path(target) / "spaces" / space
     return sum(item.stat().st_blocks * 512 for item in folder.rglob("*") if item.is_file())
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))

@@ -36,7 +36,7 @@ from loopfm_ray.store.manifest import (
     code_version,
     read_manifest,
 )
-from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.tables import write_text
 from loopfm_ray.types import TimeRange
 
 __all__ = ["STAGES", "evaluation_path", "predictions_path"]
@@ -58,7 +58,7 @@ def run_prepare(context: Context) -> dict[str, Any]:
             mapper = context.mapper("prepare", writes=True)
             prepare(config.data, path, mapper=mapper, replace_other=True)
             manifest = context.share(path, made_of)
-        write_atomically(read, lambda staged: staged.write_text(text, encoding="utf-8"))
+        write_text(read, text)
     return {"version": manifest.version, "rows": manifest.num_rows, **manifest.meta["counts"]}
 
 

@@ -22,7 +22,7 @@ from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, find_manifest, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.store.space import Space
-from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.tables import write_text
 from loopfm_ray.store.target import open_current
 
 __all__ = ["publish_beside", "share_target", "upgrade"]
@@ -63,7 +63,7 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
         )
     paths = config.paths
     paths.records.mkdir(parents=True, exist_ok=True)
-    _write(paths.config, dump_yaml(config))
+    write_text(paths.config, dump_yaml(config))
     latents = materialize(
         paths.prepared,
         paths.snapshot(seed),
@@ -85,7 +85,7 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
         "online": config.online_target,
         **asdict(coverage),
     }
-    _write(paths.records / "upgrade.json", json.dumps(result, indent=1))
+    write_text(paths.records / "upgrade.json", json.dumps(result, indent=1))
     return result
 
 
@@ -158,7 +158,3 @@ def _needed(location: Location, stage: str) -> Manifest:
             f"{location} is not there; run `loopfm {stage}` with the new run's config first"
         )
     return manifest
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))

@@ -13,7 +13,7 @@ from typing import Any
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import words
 from loopfm_ray.report.page import plotly_base64, render_template, yaml_text
-from loopfm_ray.store.tables import write_atomically
+from loopfm_ray.store.tables import write_text
 
 __all__ = ["build_grid_report", "render_grid", "render_markdown"]
 
@@ -59,9 +59,9 @@ def build_grid_report(summary: Mapping[str, Any], folder: Path) -> Path:
         DataError: the summary lacks a key.
     """
     page, text = render_grid(summary), render_markdown(summary)
-    write_atomically(folder / "results.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "results.md", text)
     target = folder / "report.html"
-    write_atomically(target, lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(target, page)
     return target
 
 

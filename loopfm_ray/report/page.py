@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 from loopfm_ray.report import words
 from loopfm_ray.report.figures import build_figures
 from loopfm_ray.report.summary import Channel, ModelRecord, Summary, read_summary
+from loopfm_ray.store.tables import write_text
 
 __all__ = ["build_report", "plotly_base64", "render_report", "render_template", "yaml_text"]
 
@@ -60,11 +61,7 @@ def build_report(summary: Mapping[str, Any], out: Path) -> Path:
     Raises:
         DataError: a demanded key of the summary is missing or a value has the wrong type.
     """
-    text = render_report(summary)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, render_report(summary))
     return out
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "write_ipc",
     "write_parquet",
     "write_parquet_pieces",
+    "write_text",
 ]
 
 _ROW_GROUP = 1 << 18
@@ -52,6 +53,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(staged, path)  # noqa: PTH105  Path.replace is the same call; this one names what it does
         finally:
             staged.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def write_parquet(table: Table, path: Path) -> None:

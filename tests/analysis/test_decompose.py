@@ -34,6 +34,15 @@ def known_world(num_rows=60_000, seed=0):
     return label, probs, user, exact
 
 
+def exact_terms(exact):
+    return {
+        "temporal": exact["x"] - exact["xh"],
+        "cross": exact["xh"] - exact["xhs"],
+        "residual": exact["xs"] - exact["xhs"],
+        "loopfm": exact["x"] - exact["xs"],
+    }
+
+
 def _entropy(prob, weight):
     return float(
         np.sum(np.asarray(weight) * -(prob * np.log(prob) + (1 - prob) * np.log(1 - prob)))
@@ -43,12 +52,7 @@ def _entropy(prob, weight):
 def test_terms_are_the_exact_values_where_they_are_known():
     label, probs, user, exact = known_world()
     found = decompose({name: row_logloss(label, p) for name, p in probs.items()}, user)
-    want = {
-        "temporal": exact["x"] - exact["xh"],
-        "cross": exact["xh"] - exact["xhs"],
-        "residual": exact["xs"] - exact["xhs"],
-        "loopfm": exact["x"] - exact["xs"],
-    }
+    want = exact_terms(exact)
     for name, value in want.items():
         term = getattr(found, name)
         assert term.value == pytest.approx(value, abs=4e-3), name

@@ -3,7 +3,7 @@ import pytest
 
 from loopfm_ray.analysis.run import analyze_predictions, choose_models
 from loopfm_ray.errors import MetricError
-from tests.analysis.test_decompose import known_world
+from tests.analysis.test_decompose import exact_terms, known_world
 
 HISTORIES = {"vm": "none", "vm_raw": "raw", "vm_loopfm": "latent", "vm_both": "both"}
 MODELS = {"x": "vm", "xh": "vm_raw", "xs": "vm_loopfm", "xhs": "vm_both"}
@@ -43,13 +43,7 @@ def test_the_terms_of_a_run_are_the_exact_ones_and_the_chain_rule_holds():
     found = analyze_predictions(MODELS, (0, 1), read)
     assert set(found["per_seed"]) == {"0", "1"}
     for tree in (found["mean"], *found["per_seed"].values()):
-        want = {
-            "temporal": exact["x"] - exact["xh"],
-            "cross": exact["xh"] - exact["xhs"],
-            "residual": exact["xs"] - exact["xhs"],
-            "loopfm": exact["x"] - exact["xs"],
-        }
-        for name, value in want.items():
+        for name, value in exact_terms(exact).items():
             assert tree[name]["value"] == pytest.approx(value, abs=5e-3)
         sums = [tree[name]["value"] for name in ("temporal", "cross", "residual", "loopfm")]
         assert sums[0] + sums[1] - sums[2] == pytest.approx(sums[3], abs=1e-12)
