@@ -18,6 +18,7 @@ VERBS = [
     "compress",
     "materialize",
     "join",
+    "analyze",
     "audit",
     "freshness",
     "train-vm",
