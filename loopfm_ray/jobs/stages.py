@@ -236,15 +236,12 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
         for name, stage in config.vms.items():
             settings = config_hash(stage, asdict(splits), fields, config.data.past.max_len, seed)
             inputs = _vm_inputs(config, stage, seed, data.manifest, joined)
-            key = config_hash(settings, inputs, code_version())
             jobs.append(
                 VmJob(
                     name=name,
                     prepared=absolute(config.paths.prepared),
                     joined=absolute(config.paths.joined(seed)),
                     out_dir=absolute(config.paths.vm(seed, name)),
-                    work_dir=(config.paths.work / f"{name}-{seed}-{key}").absolute(),
-                    checkpoints=absolute(config.paths.checkpoints(f"{name}-{seed}-{key}")),
                     config=stage,
                     splits=splits,
                     fields=fields,
@@ -278,13 +275,15 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     config = context.config
     jobs = vm_jobs(config)
     todo = [job for job in jobs if context.find(job.out_dir, job.config_hash, job.inputs) is None]
-    # the slow ones first, so that the last one does not run alone for long
-    todo.sort(key=lambda job: job.config.model.history.kind == "none")
-    for job in todo if context.fresh else ():
-        _clear(job.work_dir, job.checkpoints)
-    train_vms(todo, config.ray.parallel_tasks, context.progress)
+    work, checkpoints = config.paths.work / "vms", config.paths.checkpoints("vms")
+    if context.fresh:
+        _clear(work, checkpoints)
+    plan_file = work / "programs.json"
+    if todo:
+        parallel = config.ray.parallel_tasks
+        train_vms(todo, absolute(checkpoints), plan_file, parallel, context.progress)
+    _clear(work, checkpoints)
     for job in todo:
-        _clear(job.work_dir, job.checkpoints)
         context.share(job.out_dir)
     return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
 

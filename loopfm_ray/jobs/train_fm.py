@@ -170,6 +170,7 @@ def _worker(config: dict[str, Any]) -> None:
         collate=collate,
         validate=lambda: score_rows(model, collate, files, job.splits.fm_valid),
         seed=job.settings.seed,
+        key=f"fm-{job.settings.seed}-{job.settings.config_hash}",
         metrics_file=job.metrics_file,
     )
     report, curves = train(task, worker)

@@ -1,4 +1,4 @@
-"""Train vertical models with Ray Train: each a program of its own, several side by side.
+"""Train vertical models with Ray Train: several runs side by side, each with some VMs that it trains one after another.
 
 A VM's rows come from the joined set through a reader in the worker itself: the files are within its reach, and starting a
 Ray Data pipeline for each epoch would cost more than the epoch.
@@ -16,6 +16,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from loopfm_ray.config import config_hash
 from loopfm_ray.data.collate import (
     Collator,
     HistorySource,
@@ -29,14 +30,17 @@ from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits
 from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
 from loopfm_ray.distill.hints import HintedVm
-from loopfm_ray.errors import ConfigError
+from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiments import VmStageConfig
 from loopfm_ray.jobs.mapping import Progress, unwrap
+from loopfm_ray.jobs.programs import Waiting, plan_programs
 from loopfm_ray.jobs.training import (
     Task,
     Worker,
     file_blocks,
+    finished_trainings,
     gather_predictions,
+    report_finished,
     run_config,
     scaling_config,
     score_rows,
@@ -48,11 +52,15 @@ from loopfm_ray.models.registry import build_vm
 from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.codes import CodeSpec
-from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.filesystem import Location, join
+from loopfm_ray.store.manifest import code_version, find_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
 __all__ = ["VmData", "VmJob", "train_vms"]
+
+_LOOK_S = 5.0
+"""Seconds between two looks at how many VMs are finished."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +172,6 @@ class VmJob:
     prepared: Location
     joined: Location
     out_dir: Location
-    work_dir: Path
-    checkpoints: Location
     config: VmStageConfig
     splits: Splits
     fields: tuple[str, ...]
@@ -176,52 +182,89 @@ class VmJob:
     """Versions that it depends on, by name."""
 
     @property
-    def metrics_file(self) -> Path:
-        """Where it is shown how far the training is."""
-        return self.work_dir / "metrics.jsonl"
+    def key(self) -> str:
+        """What names this training and no other: VM, seed, settings, inputs and code."""
+        made_of = config_hash(self.config_hash, dict(self.inputs), code_version())
+        return f"{self.name}-{self.seed}-{made_of}"
 
 
-def train_vms(jobs: Sequence[VmJob], parallel: int, progress: Progress) -> None:
-    """Train VMs, `parallel` at a time; each killed one goes on from its checkpoint when run again.
+def train_vms(
+    jobs: Sequence[VmJob], work: Location, plan_file: Path, parallel: int, progress: Progress
+) -> None:
+    """Train VMs in Ray Train runs, `parallel` at a time; what was killed goes on from its checkpoint when run again.
+
+    Args:
+        jobs: the VMs that are not trained yet.
+        work: where the runs keep their checkpoints.
+        plan_file: where it is kept which run trains what.
+        parallel: runs side by side.
+        progress: told the VMs that are finished.
 
     Raises:
-        LoopFMError: what a worker raised.
-        JobError: the workers of a VM failed otherwise.
+        LoopFMError: what a worker raised; it names the VM.
+        JobError: the workers of a run failed otherwise.
     """
+    by_key = {job.key: job for job in jobs}
+    sizes = {key: Waiting(_cost(job), _workers(job)) for key, job in by_key.items()}
+    waiting = [
+        (program, [by_key[key] for key in program.keys])
+        for program in plan_programs(sizes, parallel, plan_file)
+    ]
+    old = {key: find_manifest(job.out_dir) for key, job in by_key.items()}
+    finished: set[str] = set()
     run_one = ray.remote(num_cpus=0, max_retries=0)(_fit)
-    waiting, done = list(jobs), 0
-    running: dict[Any, VmJob] = {}  # by Ray reference, which has no type
+    running: dict[Any, list[VmJob]] = {}  # by Ray reference, which has no type
     while waiting or running:
         while waiting and len(running) < parallel:
-            job = waiting.pop(0)
-            running[run_one.remote(job)] = job
-        progress("train-vm", done, len(jobs))
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        job = running.pop(finished)
-        try:
-            ray.get(finished)
-        except Exception as error:  # the edge to Ray: every failure becomes one of ours
-            raise unwrap(error, f"train-vm {job.name}") from error
-        done += 1
-    progress("train-vm", done, len(jobs))
+            program, members = waiting.pop(0)
+            running[run_one.remote(members, join(work, program.name))] = members
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
+        for job in (job for members in running.values() for job in members):
+            if job.key not in finished and find_manifest(job.out_dir) != old[job.key]:
+                finished.add(job.key)
+        progress("train-vm", len(finished), len(jobs))
+        for reference in ended:
+            names = ", ".join(job.name for job in running.pop(reference))
+            try:
+                ray.get(reference)
+            except Exception as error:  # the edge to Ray: every failure becomes one of ours
+                raise unwrap(error, f"train-vm {names}") from error
+    progress("train-vm", len(jobs), len(jobs))
 
 
-def _fit(job: VmJob) -> None:
+def _workers(job: VmJob) -> tuple[int, bool]:
+    return job.config.learning.num_workers, job.config.learning.use_gpu
+
+
+def _cost(job: VmJob) -> float:
+    """Return about how long a step of a VM takes, that of a plain one being 1; measured on the VMs of the headline."""
+    cost = 1.0
+    for config in job.config.model.history.root.values():
+        is_by_pair = config.encoder.kind in ("din", "augru")
+        cost += (2.0 if config.kind == "latent" else 4.0) * (3.0 if is_by_pair else 1.0)
+    return cost * job.config.learning.epochs
+
+
+def _fit(jobs: Sequence[VmJob], checkpoints: Location) -> None:
+    learning = jobs[0].config.learning
+    TorchTrainer(
+        _worker,
+        train_loop_config={"jobs": tuple(jobs)},
+        scaling_config=scaling_config(learning),
+        run_config=run_config(checkpoints, "train"),
+    ).fit()
+
+
+def _plan(job: VmJob) -> tuple[StepPlan, list[list[int]]]:
+    """Return the steps of a training, and the buckets of each worker."""
     requests = ExampleSet.open(job.joined, "requests")
     num_buckets = PreparedData.open(job.prepared).num_buckets
     window = job.splits.vm_train
     counts = count_known(requests.files(window), window, job.splits.vm.stop_ts)
     sizes = [counts.get(bucket, 0) for bucket in range(num_buckets)]
     shares = assign_buckets(sizes, job.config.learning.num_workers)
-    plan = plan_steps(
-        [sum(sizes[bucket] for bucket in share) for share in shares], job.config.learning.batch_rows
-    )
-    TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "plan": plan, "buckets": shares},
-        scaling_config=scaling_config(job.config.learning),
-        run_config=run_config(job.checkpoints, "train"),
-    ).fit()
+    rows = [sum(sizes[bucket] for bucket in share) for share in shares]
+    return plan_steps(rows, job.config.learning.batch_rows), shares
 
 
 def _trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> nn.Module:
@@ -232,10 +275,22 @@ def _trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> 
 
 
 def _worker(config: dict[str, Any]) -> None:
-    job: VmJob = config["job"]
-    plan: StepPlan = config["plan"]
     worker = Worker.current()
-    buckets: list[int] = config["buckets"][worker.rank]
+    finished = finished_trainings()
+    for job in config["jobs"]:
+        if job.key in finished:
+            continue
+        try:
+            _train_one(job, finished, worker)
+        except LoopFMError as error:
+            raise type(error)(f"VM {job.name!r}, seed {job.seed}: {error}") from error
+        finished.append(job.key)
+        report_finished(finished, worker)
+
+
+def _train_one(job: VmJob, finished: Sequence[str], worker: Worker) -> None:
+    plan, shares = _plan(job)
+    buckets = shares[worker.rank]
     data = VmData.open(job)
     collate = data.collator(buckets)
     files = data.requests.files(job.splits.vm, buckets)
@@ -255,7 +310,8 @@ def _worker(config: dict[str, Any]) -> None:
         collate=collate,
         validate=lambda: score_rows(model, collate, files, job.splits.vm_valid),
         seed=job.seed,
-        metrics_file=job.metrics_file,
+        key=job.key,
+        finished=tuple(finished),
         kd_weight=job.config.kd_weight,
         hint_weight=fitnets.weight if fitnets is not None else 0.0,
     )
@@ -284,4 +340,3 @@ def _worker(config: dict[str, Any]) -> None:
             num_rows=sum(plan.num_rows),
             curves=curves,
         )
-    ray.train.report({"done": 1})

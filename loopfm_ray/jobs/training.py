@@ -38,7 +38,9 @@ __all__ = [
     "Task",
     "Worker",
     "file_blocks",
+    "finished_trainings",
     "gather_predictions",
+    "report_finished",
     "run_config",
     "scaling_config",
     "score_rows",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _STATE = "state"
+_KEY, _FINISHED = "training", "finished"
 _BLOCK_ROWS = 65_536
 _EVAL_ROWS = 4096
 
@@ -85,7 +88,12 @@ class Task:
     collate: Collator
     validate: Callable[[], Predictions]
     seed: int
-    metrics_file: Path
+    key: str
+    """Names this training: a checkpoint of another one is not taken for its own."""
+    finished: tuple[str, ...] = ()
+    """Trainings of the same run that came before, by key."""
+    metrics_file: Path | None = None
+    """Where it is shown how far the training is, if anywhere."""
     kd_weight: float = 0.0
     hint_weight: float = 0.0
 
@@ -128,7 +136,7 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
     state = TrainState(task.model, build_optimizer(loop.optim, task.model))
     recorder = _Recorder(task, worker)
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.get_metadata().get(_KEY) == task.key:
         with checkpoint.as_directory() as folder:
             load_state(state, Path(folder) / _STATE)
             recorder.restore(Path(folder))
@@ -150,6 +158,25 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
     collated = (task.collate(rows) for rows in batches)
     report = fit(state, collated, objective, loop, total_steps, hooks)
     return report, recorder.curves
+
+
+def finished_trainings() -> list[str]:
+    """Return the keys of the trainings that this run had finished by its last checkpoint."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return []
+    keys: list[str] = checkpoint.get_metadata().get(_FINISHED, [])
+    return list(keys)
+
+
+def report_finished(keys: Sequence[str], worker: Worker) -> None:
+    """Keep in a checkpoint that these trainings of the run are finished; every worker has to call it."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if worker.is_first:
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            checkpoint.set_metadata({_FINISHED: list(keys)})
+        ray.train.report({"finished": len(keys)}, checkpoint=checkpoint)
 
 
 def _valid_metrics(task: Task) -> dict[str, float]:
@@ -196,6 +223,7 @@ class _Recorder:
     def __init__(self, task: Task, worker: Worker) -> None:
         self._lines: list[str] = []
         self._path, self._worker = task.metrics_file, worker
+        self._key, self._finished = task.key, list(task.finished)
         self._total = task.plan.num_steps * task.learning.epochs
 
         self._show("", "w")
@@ -223,6 +251,7 @@ class _Recorder:
                 save_state(state, Path(folder) / _STATE)
                 write_curves(Path(folder), self.curves)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
+                checkpoint.set_metadata({_KEY: self._key, _FINISHED: self._finished})
             ray.train.report({"step": state.counters.step}, checkpoint=checkpoint)
 
     def _write(self, records: Sequence[tuple[int, str, str, float]]) -> None:
@@ -236,6 +265,6 @@ class _Recorder:
         self._show("".join(lines), "a")
 
     def _show(self, text: str, mode: str) -> None:
-        if self._worker.is_first and self._path.parent.is_dir():
+        if self._worker.is_first and self._path is not None and self._path.parent.is_dir():
             with self._path.open(mode, encoding="utf-8") as stream:
                 stream.write(text)

@@ -230,3 +230,58 @@ def test_a_killed_materialize_leaves_nothing_half_visible_and_goes_on(calm, tmp_
         entry.path: entry.sha256 for entry in expected.files
     }
     assert found.version == expected.version
+
+
+VMS = ["vm", "vm_kd", "vm_loopfm", "vm_kd_loopfm", "vm_raw"]
+ONE_RUN = [*SMALL, "ray.parallel_tasks=1", *(f"vms.{vm}.learning.checkpoint_steps=4" for vm in VMS)]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_training_of_vms_keeps_the_finished_and_goes_on_with_the_next(calm, tmp_path):
+    """All VMs share one Ray Train run, which dies inside its second VM: each VM ends in the same bits, the first untouched."""
+    for stage in ("materialize", "join"):
+        finish(start(calm, stage, *SMALL))
+    root = copy_of(calm, tmp_path, "prepared", "seed=0")
+    shutil.copytree(calm / "synthetic/records", root / "records")
+    finish(start(calm, "train-vm", *ONE_RUN))
+
+    def is_in_the_second():
+        files = list(root.glob("work/vms/*/train/checkpoint_*/.metadata.json"))
+        found = [json.loads(text) for file in files if (text := read_if_there(file))]
+        return any(one["finished"] and "training" in one for one in found)
+
+    kill_when(start(tmp_path, "train-vm", *ONE_RUN), is_in_the_second)
+    trained = {folder.name: written(folder) for folder in (root / "seed=0/vm").iterdir()}
+    assert set(trained) == {"vm_raw"}
+    finish(start(tmp_path, "train-vm", *ONE_RUN))
+    assert written(root / "seed=0/vm/vm_raw") == trained["vm_raw"]
+    for vm in VMS:
+        found, expected = (
+            {file.path: file.sha256 for file in read_manifest(folder / "seed=0/vm" / vm).files}
+            for folder in (root, calm / "synthetic")
+        )
+        assert found["model.safetensors"] == expected["model.safetensors"]
+        # no step is missing from the learning curve, and none is there twice
+        steps, all_steps = (
+            [(line["step"], line["split"], line["name"]) for line in curve(folder, vm)]
+            for folder in (root, calm / "synthetic")
+        )
+        assert steps == all_steps
+    assert not (root / "work/vms").exists()
+
+
+def read_if_there(file):
+    try:
+        return file.read_text()
+    except FileNotFoundError:  # the oldest checkpoint is being removed
+        return ""
+
+
+def written(folder):
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def curve(folder, vm):
+    lines = (folder / "seed=0/vm" / vm / "curves.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
