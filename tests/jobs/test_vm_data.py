@@ -9,7 +9,6 @@ import torch
 from loopfm_ray.data.examples import read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
-from loopfm_ray.data.windows import count_known, plan_steps
 from loopfm_ray.errors import ConfigError, SchemaError
 from loopfm_ray.experiments import FitNetsConfig, LearningConfig, VmStageConfig
 from loopfm_ray.history.join import JoinSettings, StoredSide, write_joined
@@ -55,8 +54,7 @@ def job(made, joined, config):
     window = TimeRange(VM_STOP, STOP)
     splits = Splits(*[window] * 7)
     return VmJob(
-        "vm", made.prepared, joined, made.bundle, made.bundle, made.bundle,
-        config, splits, FIELDS, 6, 0, "c", {}
+        "vm", made.prepared, joined, made.bundle, config, splits, FIELDS, 6, 0, "c", {}
     )  # fmt: skip
 
 
@@ -125,13 +123,9 @@ def test_a_vm_that_reads_everything_is_trained_by_the_workers_program(made, tmp_
     learning = LearningConfig(epochs=2, batch_rows=128)
     config = EVERYTHING.model_copy(update={"learning": learning})
     joined = made.joined.parent / "richer"
-    one = replace(job(made, joined, config), out_dir=tmp_path / "vm", work_dir=tmp_path)
-    buckets = list(range(PreparedData.open(made.prepared).num_buckets))
-    window = one.splits.vm_train
-    counts = count_known(data_of(made, config).requests.files(window), window, window.stop_ts)
-    num_rows = sum(counts.values())
-    _worker({"job": one, "plan": plan_steps([num_rows], 128), "buckets": [buckets]})
-    assert reports[-1] == {"done": 1}
+    one = replace(job(made, joined, config), out_dir=tmp_path / "vm")
+    _worker({"jobs": (one,)})
+    assert reports[-1] == {"finished": 1}
     trained = load_trained_vm(tmp_path / "vm")
     assert set(trained.config.history.sources) == {
         "latent", ITEM_SOURCE, "latent_by_user_category", "raw",
