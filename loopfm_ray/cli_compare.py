@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ def add_verbs(app: typer.Typer) -> None:
     """Give `app` these verbs."""
     app.command()(experiment)
     app.command()(analyze)
+    app.command()(drift)
 
 
 def experiment(
@@ -90,6 +92,30 @@ def analyze(
 
     write_analysis(result, sys.stdout)
     typer.echo(f"analysis: {settings.paths.root / 'analysis.json'}")
+
+
+def drift(
+    beside: Annotated[Path, typer.Option(help="Folder of the run whose VMs serve now.")],
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Tell what the FM snapshot of a new run would do to the served VMs (after materialize, or join, of the new run)."""
+    log.setup("INFO" if verbose else "WARNING")
+    settings = load_config(PipelineConfig, find_config(config or DEFAULT_CONFIG), overrides or ())
+    from loopfm_ray.jobs.context import read_run
+    from loopfm_ray.jobs.drift import measure_run_drift
+
+    with show_progress() as progress:
+        result = measure_run_drift(settings, read_run(beside), progress=progress)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    from loopfm_ray.report.table import write_drift
+
+    write_drift(result, sys.stdout)
+    typer.echo(f"drift: {settings.paths.root / 'drift.json'}")
 
 
 def _finished_run(

@@ -34,6 +34,7 @@ VERBS = [
     "serve",
     "config",
     "doctor",
+    "drift",
 ]
 
 

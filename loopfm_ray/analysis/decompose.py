@@ -25,7 +25,15 @@ from numpy.typing import ArrayLike, NDArray
 from loopfm_ray.errors import MetricError
 from loopfm_ray.metrics.binary import PROB_EPSILON, as_columns
 
-__all__ = ["FM", "INPUTS", "Decomposition", "Estimate", "decompose", "row_logloss"]
+__all__ = [
+    "FM",
+    "INPUTS",
+    "Decomposition",
+    "Estimate",
+    "bootstrap_means",
+    "decompose",
+    "row_logloss",
+]
 
 INPUTS = ("x", "xh", "xs", "xhs")
 """What the four models see."""
@@ -106,7 +114,7 @@ def decompose(
         )
     stacked = np.stack([np.asarray(losses[name], np.float64) for name in models], axis=1)
     whole = stacked.mean(0)
-    drawn = _bootstrap(stacked, np.asarray(user), seed)
+    drawn = bootstrap_means(stacked, np.asarray(user), seed)
     terms = {"temporal": (0, 1), "cross": (1, 3), "residual": (2, 3), "loopfm": (0, 2)}
     found = {}
     for name, (before, after) in terms.items():
@@ -134,7 +142,7 @@ def _transfer_ratio(whole: Floats, drawn: Floats) -> Estimate | None:
     return Estimate(float(value), float(low), float(high))
 
 
-def _bootstrap(values: Floats, user: NDArray[np.integer], seed: int) -> Floats:
+def bootstrap_means(values: Floats, user: NDArray[np.integer], seed: int = 0) -> Floats:
     """Return [draws, M] means of [N, M] over users drawn with replacement, all rows of a drawn user along."""
     _, place = np.unique(user, return_inverse=True)
     count = np.bincount(place).astype(np.float64)

@@ -14,6 +14,7 @@ from loopfm_ray.data.runs import runs
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.errors import SchemaError
 from loopfm_ray.store.codes import CodeSpec, decode
+from loopfm_ray.store.tables import code_bytes
 from loopfm_ray.types import MICROS_PER_S
 
 __all__ = [
@@ -159,7 +160,7 @@ class LatentHistorySource:
         self._tables = {
             bucket: {
                 **_plain_columns(table, ("event_ts",), self._side),
-                "code": _code_bytes(table, spec),
+                "code": code_bytes(table.column("code")),
             }
             for bucket, table in tables.items()
             if table.num_rows
@@ -268,16 +269,6 @@ def _ages(mask: NDArray[np.bool_], age_us: Ints) -> NDArray[np.float32]:
     out = np.zeros(mask.shape, dtype=np.float32)
     out[mask] = age_us / MICROS_PER_S
     return out
-
-
-def _code_bytes(table: Table, spec: CodeSpec) -> NDArray[np.uint8]:
-    """View a fixed-size binary column as uint8 [N, bytes] without copying."""
-    column = table.column("code").combine_chunks()
-    buffer = column.buffers()[1]
-    whole = np.frombuffer(buffer, dtype=np.uint8)
-    size = spec.num_bytes
-    begin = column.offset * size
-    return whole[begin : begin + len(column) * size].reshape(len(column), size)
 
 
 def _item_matrix(items: EntityTable, item_fields: Sequence[str]) -> Ints:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopfm_ray.config import config_hash
+from loopfm_ray.config import config_hash, load_config
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import ConfigError, StoreError
@@ -18,7 +18,7 @@ from loopfm_ray.store.manifest import Manifest, code_version, find_manifest, rea
 from loopfm_ray.store.pool import Pool
 from loopfm_ray.types import TimeRange
 
-__all__ = ["Context", "needed", "splits_of"]
+__all__ = ["Context", "needed", "read_run", "splits_of"]
 
 
 @dataclass(frozen=True)
@@ -113,3 +113,15 @@ def needed(location: Location, stage: str) -> Manifest:
             f"{location} is not there; run `loopfm {stage}` with the same config first"
         )
     return manifest
+
+
+def read_run(folder: Path) -> PipelineConfig:
+    """Return the config of the run in `folder`, which may have moved, or been named from another working directory.
+
+    Raises:
+        StoreError: it is no run.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise StoreError(f"{folder} is no run: it has no config.yaml; give the folder of a run")
+    config, root = load_config(PipelineConfig, folder / "config.yaml"), folder.absolute()
+    return config.model_copy(update={"run_dir": str(root.parent), "name": root.name})

@@ -7,7 +7,7 @@ Ray Data pipeline for each epoch would cost more than the epoch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 import ray
@@ -57,10 +57,23 @@ from loopfm_ray.store.manifest import code_version, find_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
-__all__ = ["VmData", "VmJob", "train_vms"]
+__all__ = ["Recode", "VmData", "VmJob", "train_vms"]
 
 _LOOK_S = 5.0
 """Seconds between two looks at how many VMs are finished."""
+
+
+class Recode(Protocol):
+    """Maps the codes of history tables into another space."""
+
+    @property
+    def spec(self) -> CodeSpec:
+        """How the codes that it gives are made."""
+        ...
+
+    def __call__(self, table: Any) -> Any:  # Any: pyarrow ships no types
+        """Return a history table with its codes mapped."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,8 @@ class VmData:
     history: HistoryInputs
     needs_teacher_latent: bool
     raw_max_len: int
+    recode: Recode | None = None
+    """How codes of the histories are turned into codes of another space; None reads them as they are."""
 
     @classmethod
     def open(cls, job: "VmJob") -> "VmData":
@@ -134,8 +149,7 @@ class VmData:
             )
         meta = self.joined.manifest.meta
         if name == USER_SOURCE:
-            tables = read_histories(self.joined, "history", buckets)
-            return LatentHistorySource(tables, self.spec, int(meta["max_len"]), side)
+            return self._latents("history", buckets, int(meta["max_len"]), side)
         others = meta.get("histories", {})
         if name not in others:
             raise ConfigError(
@@ -143,8 +157,17 @@ class VmData:
                 f" {[USER_SOURCE, *sorted(others)]}; join with that key in history.keys, or take the history out of the VM's config"
             )
         # the candidates of a user may lie in any bucket of their own key
-        tables = read_histories(self.joined, f"history/{name}", self._buckets_of(name))
-        return LatentHistorySource(tables, self.spec, int(others[name]["max_len"]), side)
+        max_len = int(others[name]["max_len"])
+        return self._latents(f"history/{name}", self._buckets_of(name), max_len, side)
+
+    def _latents(
+        self, folder: str, buckets: Sequence[int], max_len: int, side: Sequence[str]
+    ) -> LatentHistorySource:
+        tables, spec = read_histories(self.joined, folder, buckets), self.spec
+        if self.recode is not None:
+            spec = self.recode.spec
+            tables = {bucket: self.recode(table) for bucket, table in tables.items()}
+        return LatentHistorySource(tables, spec, max_len, side)
 
     def _buckets_of(self, name: str) -> list[int]:
         start, end = f"history/{name}/bucket=", ".arrow"

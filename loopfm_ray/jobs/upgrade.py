@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loopfm_ray.config import dump_yaml, load_config
+from loopfm_ray.config import dump_yaml
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import PipelineConfig
+from loopfm_ray.jobs.context import read_run
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.serving.bundle import HistoryPin, load_bundle
@@ -97,12 +98,7 @@ def share_target(config: PipelineConfig, beside: Path) -> tuple[PipelineConfig, 
         StoreError: `beside` is no run, or its bundle's space is not live.
         BundleError: the bundle of `beside` can not be loaded.
     """
-    if not (beside / "config.yaml").is_file():
-        raise StoreError(f"{beside} is no run: it has no config.yaml; give the folder of a run")
-    served = load_config(PipelineConfig, beside / "config.yaml")
-    # the folder may have moved, or been named from another working directory
-    root = beside.absolute()
-    served = served.model_copy(update={"run_dir": str(root.parent), "name": root.name})
+    served = read_run(beside)
     target = served.online_target
     if config.online.target is not None and config.online_target != target:
         raise ConfigError(

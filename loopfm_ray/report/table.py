@@ -20,7 +20,7 @@ from loopfm_ray.report.words import (
     pretty_name,
 )
 
-__all__ = ["write_analysis", "write_cells", "write_table"]
+__all__ = ["write_analysis", "write_cells", "write_drift", "write_table"]
 
 _PLAIN_WIDTH = 140
 _SERVED = "vm_kd_loopfm"
@@ -29,6 +29,16 @@ _TERMS = {
     "cross": "what the FM adds to the raw history: I(S; y | x, H)",
     "residual": "what the channel lost of the raw history: I(H; y | x, S)",
     "loopfm": "what the FM's history tells: temporal + cross - residual",
+}
+
+_DRIFTS = ("centroid", "centroid_cosine", "covariance", "displacement", "cka")
+_WAYS = {
+    "own": "its own histories",
+    "own_later_events": "its own, only events the new snapshot has",
+    "none": "the new histories as they are",
+    "orthogonal": "the new, turned (Procrustes)",
+    "linear": "the new, linear map",
+    "retrained": "retrained on the new",
 }
 
 
@@ -88,6 +98,54 @@ def write_analysis(result: Mapping[str, Any], stream: TextIO) -> None:
     )
     for name, value in lines:
         console.print(Text(f"{name}: {value}"))
+
+
+def write_drift(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Write to `stream` how far two snapshots are apart, and what that does to each VM."""
+    console = _console(stream)
+    old, new = result["old"], result["new"]
+    console.print(
+        Text(
+            _clean(
+                f"{new['name']} ({new['snapshot_id']}) against {old['name']} ({old['snapshot_id']})"
+            )
+        )
+    )
+    table = _table(("lengths in spreads of the old latents",), stream.isatty())
+    for name in _DRIFTS:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for title, drift in (
+        ("new snapshot against old, same events", result["space"]),
+        ("old snapshot, later half against earlier", result["over_time"]),
+    ):
+        values = [format_number(drift[name] if drift else None, 4) for name in _DRIFTS]
+        table.add_row(*(Text(value) for value in (title, *values)))
+    console.print(table)
+    shares = "; ".join(f"{kind} {format_number(x, 3)}" for kind, x in result["explained"].items())
+    console.print(
+        Text(f"variance of the old latents that a map of the new ones explains: {shares}")
+    )
+    if not result["vms"]:
+        console.print(Text("the new run is not joined: what it does to the VMs was not measured"))
+        return
+    table = _table(("VM", "reads"), stream.isatty())
+    for name in ("NE", "AUC", "logloss against own", "95 % interval", "events"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for vm, ways in result["vms"].items():
+        for way, found in ways.items():
+            gap = found["loss_against_own"]
+            low, high = (format_number(gap[key], 4, signed=True) for key in ("low", "high"))
+            cells = (
+                _clean(vm),
+                _WAYS[way],
+                format_number(found["ne"]),
+                format_number(found["auc"]),
+                format_number(gap["value"], 4, signed=True),
+                f"{low} to {high}",
+                format_number(found["mean_history_len"], 1),
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
 
 
 def _interval(estimate: Mapping[str, float] | None) -> str:

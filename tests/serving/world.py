@@ -1,5 +1,6 @@
 """A small world with every kind of field: log, prepared data, random latents, join, online store and a VM."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,14 +136,24 @@ def write_log(folder: Path, seed: int = 0, num_rows: int = 4000) -> EventsConfig
     )
 
 
+def unchanged(latents: np.ndarray) -> np.ndarray:
+    return latents
+
+
 def write_latents(
-    prepared: PreparedData, path: Path, snapshot: str = "snap", stop_ts: int = STOP
+    prepared: PreparedData,
+    path: Path,
+    snapshot: str = "snap",
+    stop_ts: int = STOP,
+    trained_until_ts: int = FM_STOP,
+    spec: CodeSpec = CODE,
+    change: Callable[[np.ndarray], np.ndarray] = unchanged,
 ) -> None:
-    """Embed every example after FM_STOP as random numbers; `stop_ts` is the watermark."""
+    """Embed every later example as random numbers, changed by `change`; `stop_ts` is the watermark."""
     rng = np.random.default_rng(7)
-    writer = LatentsWriter(path, snapshot, FM_STOP, CODE, 3600 * MICROS_PER_S, True, {})
+    writer = LatentsWriter(path, snapshot, trained_until_ts, spec, 3600 * MICROS_PER_S, True, {})
     columns = ["example_id", "user", "item", "event_ts", "label_ts", "is_event"]
-    span = TimeRange(FM_STOP + 1, stop_ts)
+    span = TimeRange(trained_until_ts + 1, stop_ts)
     files = {(file.period, file.bucket): file for file in prepared.examples.files(span)}
     parts = {place: read_rows([file], span, columns=columns) for place, file in files.items()}
     parts = {place: rows for place, rows in parts.items() if len(rows["user"])}
@@ -151,7 +162,7 @@ def write_latents(
     latents = rng.normal(0, 0.5, (10_000, CODE.dim)), rng.random(10_000).astype(np.float32)
     for place, rows in parts.items():
         rows["fm_prob"] = latents[1][rows["example_id"]]
-        writer.write(*place, rows, latents[0][rows["example_id"]])
+        writer.write(*place, rows, change(latents[0][rows["example_id"]]))
     writer.finish(list(parts), watermark_ts=stop_ts)
 
 
