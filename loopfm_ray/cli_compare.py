@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from loopfm_ray.config import load_config, read_yaml
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.terminal import show_progress
+
+if TYPE_CHECKING:
+    from loopfm_ray.experiment_grid import ExperimentConfig
 
 __all__ = ["add_verbs"]
 
@@ -75,21 +79,36 @@ def analyze(
     raw: Annotated[str | None, typer.Option(help="The VM with its raw history.")] = None,
     latent: Annotated[str | None, typer.Option(help="The VM with the FM's latents.")] = None,
     both: Annotated[str | None, typer.Option(help="The VM with both histories.")] = None,
+    ladder: Annotated[
+        bool,
+        typer.Option(
+            "--ladder",
+            help="Of an experiment whose variants are steps of the channel: what each step loses.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Tell where the gain of the FM's history comes from, in nats, with intervals over users (after evaluate)."""
     log.setup("INFO" if verbose else "WARNING")
-    from loopfm_ray.jobs.analyze import run_analysis
+    from loopfm_ray.jobs.analyze import run_analysis, run_ladder
+    from loopfm_ray.report.table import write_analysis, write_ladder
 
-    settings, prefix = _finished_run(config or DEFAULT_CONFIG, overrides or [], variant, model)
     chosen = {"x": plain, "xh": raw, "xs": latent, "xhs": both}
+    if ladder:
+        experiment, first = _finished_experiment(config or DEFAULT_CONFIG, overrides or [], model)
+        steps = run_ladder(experiment, first, chosen)
+        if as_json:
+            typer.echo(json.dumps(steps, indent=1))
+            return
+        write_ladder(steps, sys.stdout)
+        typer.echo(f"ladder: {experiment.root / 'ladder.json'}")
+        return
+    settings, prefix = _finished_run(config or DEFAULT_CONFIG, overrides or [], variant, model)
     result = run_analysis(settings, chosen, prefix)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
-    from loopfm_ray.report.table import write_analysis
-
     write_analysis(result, sys.stdout)
     typer.echo(f"analysis: {settings.paths.root / 'analysis.json'}")
 
@@ -129,17 +148,33 @@ def _finished_run(
         if given:
             raise ConfigError(f"{given} are of an experiment, {path} is a pipeline; leave them out")
         return load_config(PipelineConfig, path, overrides), ""
-    from loopfm_ray.experiment_grid import ExperimentConfig, cell_name
+    from loopfm_ray.experiment_grid import cell_name
 
-    experiment = load_config(ExperimentConfig, path, overrides)
-    variant, model = (
-        variant or next(iter(experiment.variants)),
-        model or next(iter(experiment.models)),
-    )
-    for what, found, known in (
-        ("variant", variant, experiment.variants),
-        ("model", model, experiment.models),
-    ):
-        if found not in known:
-            raise ConfigError(f"the experiment has no {what} {found!r}, it has {sorted(known)}")
+    experiment, model = _finished_experiment(name, overrides, model)
+    variant = variant or next(iter(experiment.variants))
+    _check_known("variant", variant, experiment.variants)
     return experiment.pipeline(variant), cell_name(model, "")
+
+
+def _finished_experiment(
+    name: str, overrides: list[str], model: str | None
+) -> "tuple[ExperimentConfig, str]":
+    """Return an experiment, and the model of it that is meant.
+
+    Raises:
+        ConfigError: `name` is no experiment, or has no such model.
+    """
+    from loopfm_ray.experiment_grid import ExperimentConfig
+
+    path = find_config(name)
+    if read_yaml(path).get("kind") != "experiment":
+        raise ConfigError(f"--ladder is of an experiment, {path} is a pipeline; leave it out")
+    experiment = load_config(ExperimentConfig, path, overrides)
+    model = model or next(iter(experiment.models))
+    _check_known("model", model, experiment.models)
+    return experiment, model
+
+
+def _check_known(what: str, found: str, known: Collection[str]) -> None:
+    if found not in known:
+        raise ConfigError(f"the experiment has no {what} {found!r}, it has {sorted(known)}")

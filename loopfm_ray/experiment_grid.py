@@ -16,7 +16,7 @@ from loopfm_ray.experiments import (
     RayConfig,
 )
 
-__all__ = ["ExperimentConfig", "Roles", "cell_name"]
+__all__ = ["ExperimentConfig", "LadderVariants", "Roles", "cell_name"]
 
 # Any: a part of a config tree, checked when it is merged into the whole.
 Tree = dict[str, Any]
@@ -32,6 +32,17 @@ class Roles(Config):
     """The arm with distillation alone."""
     best: str = "kd_loopfm"
     """The arm whose gain over `kd` stands at the top of the summary."""
+
+
+class LadderVariants(Config):
+    """Which variants differ by one step of the channel alone."""
+
+    code: str
+    """Stored codes."""
+    latent: str
+    """The same latents in half floats."""
+    embedding: str
+    """No bottleneck: `fm.bottleneck.latent_dim` null, in half floats."""
 
 
 class ExperimentConfig(Config):
@@ -59,6 +70,8 @@ class ExperimentConfig(Config):
     variants: dict[str, Tree] = Field(default={"main": {}}, min_length=1)
     """What a variant changes in the pipeline, and under `vm` in every VM; the first one stands at the top of the summary."""
     roles: Roles = Roles()
+    ladder: LadderVariants | None = None
+    """The variants from which `loopfm analyze --ladder` tells what each step of the channel loses."""
     any_code: bool = False
     """Whether what other code made is kept: a long experiment goes on after a commit. The summary lists all code versions."""
     keep_data: bool = False
@@ -72,6 +85,12 @@ class ExperimentConfig(Config):
             if arm not in self.arms:
                 raise ConfigError(
                     f"roles.{role} is {arm!r}, which is not among arms {sorted(self.arms)}"
+                )
+        steps = self.ladder.model_dump() if self.ladder is not None else {}
+        for step, variant in steps.items():
+            if variant not in self.variants:
+                raise ConfigError(
+                    f"ladder.{step} is {variant!r}, which is not among variants {sorted(self.variants)}"
                 )
         for name in (*self.models, *self.arms, *self.variants):
             if not name.replace("_", "").replace("-", "").isalnum():

@@ -16,7 +16,7 @@ A model that learns badly makes a term too small, even negative: these are estim
 Source: LoopFM, arXiv 2605.29280, theorem 1 and corollary 10.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,8 @@ __all__ = [
 
 INPUTS = ("x", "xh", "xs", "xhs")
 """What the four models see."""
+LADDER = ("code", "latent", "embedding", "code_raw", "embedding_raw")
+"""What the models of a ladder read."""
 FM = "fm"
 """Where the losses of the FM are, if they are given."""
 _NUM_DRAWS = 1000
@@ -82,6 +84,62 @@ class Decomposition:
     num_users: int
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """What each step of the channel loses, in nats.
+
+    Attributes:
+        representation: L(x, E) - L(x, H, E): what the FM's embeddings E do not tell of the raw history H.
+        autoencoder: L(x, Z) - L(x, E): what the latents Z lose of the embeddings.
+        quantisation: L(x, S) - L(x, Z): what the stored codes S lose of the latents.
+        total: their sum, L(x, S) - L(x, H, E): an upper bound of what the whole channel lost of the raw history,
+            I(H; y | x, S), since S is made of E.
+        residual: L(x, S) - L(x, H, S), that loss itself.
+        num_rows: rows measured on.
+        num_users: users among them.
+    """
+
+    representation: Estimate
+    autoencoder: Estimate
+    quantisation: Estimate
+    total: Estimate
+    residual: Estimate
+    num_rows: int
+    num_users: int
+
+
+def ladder(losses: Mapping[str, Floats], user: NDArray[np.integer], seed: int = 0) -> Ladder:
+    """Split what the channel lost of the raw history over its steps.
+
+    Args:
+        losses: [N] row loglosses, on the same rows in the same order, of the VMs that read the codes (`code`), the latents
+            (`latent`), the embeddings (`embedding`), the raw history beside the codes (`code_raw`) and beside the embeddings
+            (`embedding_raw`).
+        user: [N] whose row it is; users are drawn with replacement for the intervals.
+        seed: of the draws.
+
+    Raises:
+        MetricError: a model is missing, or rows do not fit.
+
+    Source: LoopFM, arXiv 2605.29280, proposition 7.
+    """
+    stacked = _stack(losses, LADDER, user)
+    whole, drawn = stacked.mean(0), bootstrap_means(stacked, np.asarray(user), seed)
+    place = {name: index for index, name in enumerate(LADDER)}
+    steps = {
+        "representation": ("embedding", "embedding_raw"),
+        "autoencoder": ("latent", "embedding"),
+        "quantisation": ("code", "latent"),
+        "total": ("code", "embedding_raw"),
+        "residual": ("code", "code_raw"),
+    }
+    found = {
+        name: _estimate(whole, drawn, place[before], place[after])
+        for name, (before, after) in steps.items()
+    }
+    return Ladder(**found, num_rows=len(stacked), num_users=len(np.unique(user)))
+
+
 def row_logloss(label: ArrayLike, prob: ArrayLike) -> Floats:
     """Return [N] the logloss of each row, natural log."""
     label, prob = as_columns(label, prob)
@@ -104,22 +162,11 @@ def decompose(
     Raises:
         MetricError: a model is missing, or rows do not fit.
     """
-    missing = [name for name in INPUTS if name not in losses]
-    models = [*INPUTS, FM] if FM in losses else [*INPUTS]
-    lengths = {len(losses[name]) for name in models if name in losses} | {len(user)}
-    if missing or len(lengths) != 1 or not len(user):
-        raise MetricError(
-            f"decompose needs loglosses of {INPUTS} on the same rows, found {sorted(losses)} with lengths"
-            f" {sorted(lengths)}; score all four models on the same test rows"
-        )
-    stacked = np.stack([np.asarray(losses[name], np.float64) for name in models], axis=1)
+    stacked = _stack(losses, [*INPUTS, FM] if FM in losses else INPUTS, user)
     whole = stacked.mean(0)
     drawn = bootstrap_means(stacked, np.asarray(user), seed)
     terms = {"temporal": (0, 1), "cross": (1, 3), "residual": (2, 3), "loopfm": (0, 2)}
-    found = {}
-    for name, (before, after) in terms.items():
-        low, high = np.quantile(drawn[:, before] - drawn[:, after], [0.025, 0.975])
-        found[name] = Estimate(float(whole[before] - whole[after]), float(low), float(high))
+    found = {name: _estimate(whole, drawn, *places) for name, places in terms.items()}
     temporal = found["temporal"].value
     return Decomposition(
         **found,
@@ -128,6 +175,24 @@ def decompose(
         num_rows=len(stacked),
         num_users=len(np.unique(user)),
     )
+
+
+def _stack(
+    losses: Mapping[str, Floats], models: Sequence[str], user: NDArray[np.integer]
+) -> Floats:
+    """Return [N, M] the losses of `models`, checked."""
+    lengths = {len(losses[name]) for name in models if name in losses} | {len(user)}
+    if any(name not in losses for name in models) or len(lengths) != 1 or not len(user):
+        raise MetricError(
+            f"the decomposition needs loglosses of {tuple(models)} on the same rows, found {sorted(losses)} with lengths"
+            f" {sorted(lengths)}; score all of them on the same test rows"
+        )
+    return np.stack([np.asarray(losses[name], np.float64) for name in models], axis=1)
+
+
+def _estimate(whole: Floats, drawn: Floats, before: int, after: int) -> Estimate:
+    low, high = np.quantile(drawn[:, before] - drawn[:, after], [0.025, 0.975])
+    return Estimate(float(whole[before] - whole[after]), float(low), float(high))
 
 
 def _transfer_ratio(whole: Floats, drawn: Floats) -> Estimate | None:

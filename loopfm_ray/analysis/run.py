@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopfm_ray.analysis.decompose import FM, INPUTS, decompose, row_logloss
+from loopfm_ray.analysis.decompose import FM, INPUTS, decompose, ladder, row_logloss
 from loopfm_ray.errors import MetricError
 
-__all__ = ["HISTORIES", "analyze_predictions", "choose_models"]
+__all__ = ["HISTORIES", "analyze_ladder", "analyze_predictions", "choose_models"]
 
 HISTORIES = {"x": "none", "xh": "raw", "xs": "latent", "xhs": "both"}
 """What the history of each of the four models is made of."""
 
 Predictions = Mapping[str, NDArray[Any]]
+Losses = dict[str, NDArray[np.float64]]
 Json = dict[str, Any]  # Any: JSON
 
 
@@ -62,23 +63,53 @@ def analyze_predictions(
     Raises:
         MetricError: models, or seeds, were evaluated on different rows.
     """
-    per_seed: Json = {}
-    summed: dict[str, NDArray[np.float64]] = {}
+    per_seed, mean, user = _all_losses({**models, FM: FM}, seeds, read)
+    trees = {str(seed): _tree(losses, user) for seed, losses in per_seed.items()}
+    return {"models": dict(models), "mean": _tree(mean, user), "per_seed": trees}
+
+
+def analyze_ladder(
+    models: Mapping[str, str], seeds: Sequence[int], read: Callable[[int, str], Predictions]
+) -> Json:
+    """Return what each step of the channel loses, of the mean loss over all seeds and of each seed.
+
+    Args:
+        models: VM for each of `LADDER`.
+        seeds: of the run.
+        read: seed and model to its kept predictions.
+
+    Raises:
+        MetricError: models, or seeds, were evaluated on different rows.
+    """
+    per_seed, mean, user = _all_losses(models, seeds, read)
+    trees = {str(seed): asdict(ladder(losses, user)) for seed, losses in per_seed.items()}
+    logloss = {place: float(loss.mean()) for place, loss in mean.items()}
+    found = {**asdict(ladder(mean, user)), "logloss": logloss}
+    return {"models": dict(models), "mean": found, "per_seed": trees}
+
+
+def _all_losses(
+    models: Mapping[str, str], seeds: Sequence[int], read: Callable[[int, str], Predictions]
+) -> tuple[dict[int, Losses], Losses, NDArray[np.integer]]:
+    """Return the row losses of each seed by place, their means over seeds, and the users of the rows."""
+    per_seed: dict[int, Losses] = {}
     first: Predictions | None = None
     for seed in seeds:
-        losses = {}
-        for place, name in {**models, FM: FM}.items():
+        per_seed[seed] = {}
+        for place, name in models.items():
             rows = read(seed, name)
             first = rows if first is None else first
             _check_same_rows(rows, first, f"{name} of seed {seed}")
-            losses[place] = _losses(rows)
-            summed[place] = summed.get(place, 0.0) + losses[place] / len(seeds)
-            user = first["user"]
-        per_seed[str(seed)] = _tree(losses, user)
-    return {"models": dict(models), "mean": _tree(summed, user), "per_seed": per_seed}
+            per_seed[seed][place] = _row_losses(rows)
+    if first is None:
+        raise MetricError("an analysis needs at least one seed and one model, found none")
+    mean = {
+        place: np.mean([losses[place] for losses in per_seed.values()], axis=0) for place in models
+    }
+    return per_seed, mean, first["user"]
 
 
-def _losses(rows: Predictions) -> NDArray[np.float64]:
+def _row_losses(rows: Predictions) -> NDArray[np.float64]:
     return row_logloss(rows["label"], 1.0 / (1.0 + np.exp(-rows["logit"])))
 
 

@@ -26,10 +26,11 @@ class BottleneckConfig(Config):
     """A Matryoshka bottleneck that starts as whitened principal components."""
 
     kind: Literal["matryoshka"] = "matryoshka"
-    latent_dim: PositiveInt = 32
-    """Numbers per latent."""
+    latent_dim: PositiveInt | None = 32
+    """Numbers per latent; null takes as many as the embedding has, so that nothing is left out: the reference that shows
+    what a bottleneck loses."""
     prefixes: tuple[PositiveInt, ...] = (8, 16, 32)
-    """Leading parts of the latent that must be usable alone, rising; the last is `latent_dim`."""
+    """Leading parts of the latent that must be usable alone, rising; the last is `latent_dim`. Empty with `latent_dim` null."""
     hidden: NonNegativeInt = 0
     """Width of a hidden layer beside the linear encoder; 0 is linear."""
     metric: Metric = "gradient"
@@ -58,12 +59,12 @@ class BottleneckConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1:] != (
-            self.latent_dim,
-        ):
-            raise ValueError(
-                f"prefixes must rise and end in latent_dim {self.latent_dim}, found {self.prefixes}"
+        last = () if self.latent_dim is None else (self.latent_dim,)
+        if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1:] != last:
+            expected = (
+                f"end in latent_dim {self.latent_dim}" if last else "be empty: latent_dim is null"
             )
+            raise ValueError(f"prefixes must rise and {expected}, found {self.prefixes}")
         if not self.reconstruct_weight and not self.predict_weight:
             raise ValueError("one of reconstruct_weight and predict_weight must be positive")
         return self
@@ -81,19 +82,20 @@ class Bottleneck(nn.Module):
 
     def __init__(self, config: BottleneckConfig, in_dim: int) -> None:
         super().__init__()
-        if config.latent_dim > in_dim:
+        latent_dim = in_dim if config.latent_dim is None else config.latent_dim
+        if latent_dim > in_dim:
             raise ConfigError(
-                f"bottleneck.latent_dim must be at most the embedding's {in_dim}, found {config.latent_dim};"
+                f"bottleneck.latent_dim must be at most the embedding's {in_dim}, found {latent_dim};"
                 " lower it or take wider embedding_layers"
             )
         self.config, self.in_dim = config, in_dim
-        self.latent_dim, self.prefixes = config.latent_dim, config.prefixes
+        self.latent_dim, self.prefixes = latent_dim, config.prefixes or (latent_dim,)
         self.register_buffer("mean", torch.zeros(in_dim))
         self.register_buffer("std", torch.ones(in_dim))
         self.register_buffer("weight", torch.ones(in_dim))
-        self.register_buffer("step", torch.zeros(config.latent_dim))
-        self.encoder = nn.Linear(in_dim, config.latent_dim)
-        self.hidden = _mlp(in_dim, config.hidden, config.latent_dim) if config.hidden else None
+        self.register_buffer("step", torch.zeros(latent_dim))
+        self.encoder = nn.Linear(in_dim, latent_dim)
+        self.hidden = _mlp(in_dim, config.hidden, latent_dim) if config.hidden else None
         self.decoders = nn.ModuleDict({str(p): nn.Linear(p, in_dim) for p in self.prefixes})
         self.predictors = nn.ModuleDict(
             {str(p): _mlp(p, config.predict_hidden, 1) for p in self.prefixes}

@@ -20,7 +20,7 @@ from loopfm_ray.report.words import (
     pretty_name,
 )
 
-__all__ = ["write_analysis", "write_cells", "write_drift", "write_table"]
+__all__ = ["write_analysis", "write_cells", "write_drift", "write_ladder", "write_table"]
 
 _PLAIN_WIDTH = 140
 _SERVED = "vm_kd_loopfm"
@@ -31,6 +31,13 @@ _TERMS = {
     "loopfm": "what the FM's history tells: temporal + cross - residual",
 }
 
+_STEPS = {
+    "representation": "what the FM's embeddings do not tell of the raw history",
+    "autoencoder": "what the latents lose of the embeddings",
+    "quantisation": "what the codes lose of the latents",
+    "total": "their sum: bounds the loss of the whole channel",
+    "residual": "what the channel lost of the raw history: I(H; y | x, S)",
+}
 _DRIFTS = ("centroid", "centroid_cosine", "covariance", "displacement", "cka")
 _WAYS = {
     "own": "its own histories",
@@ -98,6 +105,18 @@ def write_analysis(result: Mapping[str, Any], stream: TextIO) -> None:
     )
     for name, value in lines:
         console.print(Text(f"{name}: {value}"))
+
+
+def write_ladder(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Write to `stream` what each step of the channel loses, in nats, with the intervals."""
+    table, mean = _table(("lost by",), stream.isatty()), result["mean"]
+    for name in ("nats", "95 % interval", "what it is"):
+        table.add_column(name, no_wrap=True)
+    for name, text in _STEPS.items():
+        low, high = (format_number(mean[name][key], 5, signed=True) for key in ("low", "high"))
+        value = format_number(mean[name]["value"], 5, signed=True)
+        table.add_row(*(Text(cell) for cell in (name, value, f"{low} to {high}", text)))
+    _console(stream).print(table)
 
 
 def write_drift(result: Mapping[str, Any], stream: TextIO) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from loopfm_ray.analysis.decompose import INPUTS, decompose, row_logloss
+from loopfm_ray.analysis.decompose import INPUTS, LADDER, decompose, ladder, row_logloss
 from loopfm_ray.errors import MetricError
 from loopfm_ray.metrics.binary import logloss
 
@@ -112,3 +112,47 @@ def test_missing_models_and_rows_are_errors():
         decompose({name: np.zeros(3) for name in INPUTS[:3]}, np.zeros(3, dtype=int))
     with pytest.raises(MetricError, match="lengths"):
         decompose({name: np.zeros(3) for name in INPUTS}, np.zeros(4, dtype=int))
+
+
+def test_each_step_of_a_ladder_is_the_exact_loss_where_it_is_known():
+    """The raw history H is copied with errors, step by step: embedding, latent, code."""
+    rng = np.random.default_rng(5)
+    num_rows, kept = 80_000, {"embedding": 0.95, "latent": 0.9, "code": 0.8}
+    h = rng.integers(0, 2, num_rows)
+    table = np.array([0.15, 0.85])
+    label = (rng.random(num_rows) < table[h]).astype(float)
+    losses, exact, seen, so_far = {}, {}, h, 1.0
+    for step, share in kept.items():
+        # as many more flips as bring the share of true copies from `so_far` to `share`
+        flip = (so_far - share) / (2 * so_far - 1)
+        seen, so_far = np.where(rng.random(num_rows) < flip, 1 - seen, seen), share
+        given = np.array([[share, 1 - share], [1 - share, share]]) @ table
+        losses[step] = row_logloss(label, given[seen])
+        exact[step] = _entropy(given, [0.5, 0.5])
+    whole = _entropy(table, [0.5, 0.5])
+    losses |= dict.fromkeys(("code_raw", "embedding_raw"), row_logloss(label, table[h]))
+    found = ladder(losses, rng.integers(0, 4000, num_rows))
+    want = {
+        "representation": exact["embedding"] - whole,
+        "autoencoder": exact["latent"] - exact["embedding"],
+        "quantisation": exact["code"] - exact["latent"],
+        "total": exact["code"] - whole,
+        "residual": exact["code"] - whole,
+    }
+    for name, value in want.items():
+        term = getattr(found, name)
+        assert term.value == pytest.approx(value, abs=5e-3), name
+        assert term.low < value < term.high, name
+        assert value > 0.02
+    assert found.num_users == 4000
+
+
+def test_the_steps_of_a_ladder_add_up_for_any_loglosses():
+    rng = np.random.default_rng(2)
+    found = ladder({name: rng.exponential(size=300) for name in LADDER}, np.arange(300) // 5)
+    steps = [
+        getattr(found, name).value for name in ("representation", "autoencoder", "quantisation")
+    ]
+    assert sum(steps) == pytest.approx(found.total.value, abs=1e-12)
+    with pytest.raises(MetricError, match="'code_raw'"):
+        ladder({name: np.ones(300) for name in LADDER[:-1]}, np.arange(300))

@@ -92,3 +92,55 @@ def test_options_of_an_experiment_are_refused_for_a_pipeline():
     done = run("synthetic", "--variant", "main")
     assert isinstance(done.exception, ConfigError)
     assert "--variant" in str(done.exception)
+
+
+STEPS = {"embedding": 2.2, "latent": 1.8, "code": 1.5}
+
+
+def write_ladder(folder, ladder=True):
+    """An experiment whose variants tell the label better the less their channel loses."""
+    tree = {**TREE, "run_dir": str(folder / "runs"), "variants": {step: {} for step in STEPS}}
+    if ladder:
+        tree["ladder"] = {step: step for step in STEPS}
+    path = folder / "steps.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    config = validate(ExperimentConfig, tree, "test")
+    rng = np.random.default_rng(0)
+    label, noise = rng.integers(0, 2, 4000), rng.normal(0, 1.0, 4000)
+    for step, skill in STEPS.items():
+        for arm, own in (("loopfm", skill), ("both", 2.5)):
+            target = predictions_path(config.pipeline(step), 0, f"deep.{arm}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            table = {
+                "example_id": np.arange(4000),
+                "user": np.arange(4000) // 20,
+                "label": label.astype(np.float32),
+                "logit": own * (label - 0.5) + noise,
+            }
+            write_parquet(pa.table(table), target)
+    return path
+
+
+def test_the_ladder_of_an_experiment_tells_what_each_step_loses(tmp_path):
+    path = write_ladder(tmp_path)
+    done = run(path, "--ladder", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["models"]["embedding_raw"] == "embedding/deep.both"
+    mean = found["mean"]
+    for step in ("representation", "autoencoder", "quantisation"):
+        assert 0 < mean[step]["low"] < mean[step]["value"] < mean[step]["high"]
+    assert mean["total"]["value"] == pytest.approx(mean["residual"]["value"])
+    assert json.loads((tmp_path / "runs/small/ladder.json").read_text()) == found
+    shown = run(path, "--ladder").stdout
+    assert f"{mean['autoencoder']['value']:+.5f}" in shown
+
+
+def test_a_ladder_that_is_not_there_is_told(tmp_path):
+    done = run(write_ladder(tmp_path, ladder=False), "--ladder")
+    assert "has no part `ladder`" in str(done.exception)
+    done = run("synthetic", "--ladder")
+    assert "--ladder is of an experiment" in str(done.exception)
+    tree = {**TREE, "ladder": {"code": "main", "latent": "fp16", "embedding": "main"}}
+    with pytest.raises(ConfigError, match=r"ladder.latent is 'fp16', .* \['main'\]"):
+        validate(ExperimentConfig, tree, "test")

@@ -245,3 +245,23 @@ def test_the_report_shows_a_bad_link_in_the_channel():
     bad = channel_report(bottleneck, rows, far_too_wide)
     assert bad.probe_logloss["code"] > good["code"] + 0.1
     assert bad.share_zero_codes > 0.9
+
+
+def test_as_wide_as_the_embedding_nothing_is_lost():
+    whole = BottleneckConfig(latent_dim=None, prefixes=(), metric="spread", init_rows=1000)
+    bottleneck, _ = fitted(whole)
+    assert (bottleneck.latent_dim, bottleneck.prefixes) == (10, (10,))
+    x = low_rank_embeddings(seed=2)
+    report = channel_report(bottleneck, ChannelRows(x), CodeSpec(16, 10))
+    assert report.variance_explained["code"] > 0.98  # of a linear decoder
+    # and what went in can be had back from what came out
+    latent = torch.from_numpy(
+        decode(encode(bottleneck.encode(x).detach(), CodeSpec(16, 10)), CodeSpec(16, 10))
+    )
+    code = torch.atanh(latent.clamp(-0.9999, 0.9999)) - bottleneck.encoder.bias
+    normal = torch.linalg.lstsq(bottleneck.encoder.weight, code.T).solution.T
+    back = (normal / bottleneck.weight * bottleneck.std + bottleneck.mean).detach()
+    kept = 1 - (back - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert kept > 0.99
+    with pytest.raises(ValidationError, match="be empty: latent_dim is null"):
+        BottleneckConfig(latent_dim=None)
