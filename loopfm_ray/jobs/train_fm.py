@@ -26,9 +26,10 @@ from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.store.filesystem import Location, absolute
-from loopfm_ray.train.weights import FmSpec, TrainedFm, save_fm
+from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.train.weights import FmSpec, TrainedFm, adopt_weights, load_fm, save_fm
 
-__all__ = ["FmJob", "FmSettings", "train_fm"]
+__all__ = ["FmJob", "FmSettings", "fm_inputs", "train_fm"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class FmSettings:
     seed: int
     config_hash: str
     """Of all that is above."""
+    parent: Location | None = None
+    """The FM whose weights this one begins with; None begins anew."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,12 @@ def train_fm(
         raise unwrap(error, "train-fm") from error
 
 
+def fm_inputs(prepared: Location, parent: Location | None) -> dict[str, str]:
+    """Return the versions that an FM depends on."""
+    inputs = {"prepared": read_manifest(prepared).version}
+    return inputs if parent is None else {**inputs, "parent": read_manifest(parent).version}
+
+
 def _name(rank: int) -> str:
     return f"rank_{rank}"
 
@@ -160,6 +169,8 @@ def _worker(config: dict[str, Any]) -> None:
     item_fields = _item_fields(data) if job.config.model.has_history else ()
     schema = data.schema_as_of(job.splits.fm.stop_ts)
     model = build_fm(job.config.model, schema, item_fields)
+    if job.settings.parent is not None:
+        adopt_weights(model, load_fm(job.settings.parent).model)
     task = Task(
         model=model,
         learning=job.config.learning,
@@ -191,7 +202,7 @@ def _worker(config: dict[str, Any]) -> None:
             TrainedFm(model, spec, record),
             job.out_dir,
             settings_hash=job.settings.config_hash,
-            inputs={"prepared": data.manifest.version},
+            inputs=fm_inputs(job.prepared, job.settings.parent),
             num_rows=sum(job.plan.num_rows),
             curves=curves,
         )

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
+from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location
@@ -21,6 +23,7 @@ __all__ = [
     "FM_WEIGHTS",
     "FmSpec",
     "TrainedFm",
+    "adopt_weights",
     "load_fm",
     "load_weights",
     "save_fm",
@@ -131,6 +134,35 @@ def load_fm(location: Location) -> TrainedFm:
     model = spec.build()
     load_weights(model, directory / FM_WEIGHTS)
     return TrainedFm(model, spec, version.manifest.meta["record"], version.manifest.version)
+
+
+def adopt_weights(model: FoundationModel, parent: FoundationModel) -> None:
+    """Begin with the weights of `parent`, an FM of the same shape that knew fewer ids; new ids keep their fresh rows.
+
+    Ids are given in the order in which keys are first seen, so those of the parent are the first ones of each field.
+
+    Raises:
+        StoreError: the FMs differ in more than the ids that they know.
+    """
+    old = dict(parent.named_modules())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            source = old.get(name)
+            if isinstance(module, FieldEmbeddings):
+                if not isinstance(source, FieldEmbeddings) or not module.adopt(source):
+                    raise StoreError(
+                        f"the FM to begin with does not fit: its tables {name!r} have other fields, another width or more"
+                        " ids; give one of the same config that was trained until an earlier time"
+                    )
+                continue
+            for part, value in module.named_parameters(recurse=False):
+                given = getattr(source, part, None)
+                if not isinstance(given, Tensor) or given.shape != value.shape:
+                    raise StoreError(
+                        f"the FM to begin with does not fit in {name}.{part}, expected {list(value.shape)}; give one of"
+                        " the same config"
+                    )
+                value.copy_(given)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
