@@ -62,7 +62,14 @@ ContextValue = (
 
 
 class RequestError(DataError):
-    """A request does not fit the model that serves; the caller has to change it."""
+    """A request does not fit the model that serves; the caller has to change it.
+
+    `index` says which of several requests it was, None where there is one.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class _Wire(BaseModel):

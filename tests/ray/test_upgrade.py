@@ -58,7 +58,7 @@ def requests_of(config, bundle):
 
 def scores(predictor, offline):
     queries = [replay.query for replay in offline.replays]
-    return [scored.probs.tolist() for scored in predictor.score_many(queries)]
+    return [scored.probs.tolist() for scored in map(predictor.score, queries)]
 
 
 @pytest.mark.ray
