@@ -75,7 +75,7 @@ MANY = [
     query(["i1", "new", "i3"], "u1"),
     query(["i2"], "nobody", tags=["t1"]),
     query([f"i{n}" for n in range(40)], "u3", TS - 3 * MICROS_PER_DAY, shown=3.5, device="phone"),
-    query(["i4", "i4"], "u1", FM_STOP + 3 * MICROS_PER_DAY),
+    query(["i4", "i4"], "u1", FM_STOP + 8 * MICROS_PER_DAY),
     query(["i5"], "u2", tags=["t1", "t2", "t3"], shown=[0.5]),
 ]
 
