@@ -26,6 +26,8 @@ VERBS = [
     "publish",
     "parity",
     "report",
+    "promote",
+    "rollback",
     "compact",
     "upgrade",
     "spaces",

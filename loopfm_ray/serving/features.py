@@ -203,7 +203,7 @@ class FeatureBuilder:
         unknown = sorted(set(query.context).difference(self._fields))
         if unknown:
             raise RequestError(
-                f"context fields {unknown} are unknown; the model reads {list(self.request_fields)}, see GET /v1/model"
+                f"context fields {unknown} are unknown; the model reads {list(self.request_fields)}, GET /v1/models/NAME lists them"
             )
         derived = sorted(set(query.context).intersection(self._derive))
         if derived:

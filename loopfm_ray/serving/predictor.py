@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -223,17 +223,22 @@ class Predictor:
         return [Scored(*one, version) for one in zip(parts, features, reads, strict=True)]
 
     def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
-        """Return the answer to one query as it goes over the wire.
+        """Return the answer to one query under the name of the bundle.
 
         Raises:
             RequestError: the context does not fit the model.
         """
-        scored = self.score(query)
+        return self.answer(self.score(query), request_id, self.bundle.spec.name, "stable")
+
+    def answer(
+        self, scored: Scored, request_id: str, name: str, variant: Literal["stable", "canary"]
+    ) -> ScoreResponse:
+        """Return what `score` found as it goes over the wire, under the name that was asked for."""
         features, read, pin = scored.features, scored.history, self.bundle.spec.history
         reason = read.reason if read else None
         return ScoreResponse(
             scores=scored.probs.tolist(),
-            model=ModelInfo(name=self.bundle.spec.name, version=self.bundle.version),
+            model=ModelInfo(name=name, version=self.bundle.version, variant=variant),
             features=FeatureInfo(
                 version=scored.latents_version,
                 snapshot_id=pin.snapshot_id if pin else None,

@@ -16,6 +16,8 @@ from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.contract import RequestError, ScoreQuery
 from loopfm_ray.serving.features import FeatureBuilder, read_histories
 from loopfm_ray.serving.predictor import Predictor, load_predictor
+from loopfm_ray.serving.rollout import Rollout, Rollouts, Served
+from loopfm_ray.serving.service import Service
 from loopfm_ray.store.codes import decode
 from loopfm_ray.store.online import MemoryStore, UserHistory
 from loopfm_ray.store.publish import load_memory, publish
@@ -310,7 +312,9 @@ def test_builder_gives_one_row_per_item_and_no_label(bundle):
 @pytest.fixture(scope="module")
 def client(world, bundle):
     store = load_memory(world.latents, PreparedData.open(world.prepared).users.keys)
-    return TestClient(create_api(Predictor(bundle, store), clock=lambda: TS))
+    service = Service(lambda served: Predictor(bundle, store))
+    service.apply(Rollouts(models={"vm": Rollout(stable=Served(bundle="any"))}))
+    return TestClient(create_api(service, clock=lambda: TS))
 
 
 VALUES = (
@@ -334,7 +338,7 @@ def test_no_request_makes_the_predictor_fail(client, user, items, context, ts, h
     if ts is not None:
         body["request_ts"] = ts
     text = json.dumps(body)
-    response = client.post("/v1/score", content=text)
+    response = client.post("/v1/models/vm:score", content=text)
     assert response.status_code in (200, 400, 422), response.text
     if response.status_code == 200:
         scores = response.json()["scores"]
