@@ -24,6 +24,7 @@ def add_verbs(app: typer.Typer) -> None:
     """Give `app` these verbs."""
     app.command()(promote)
     app.command()(rollback)
+    app.command()(key)
 
 
 def promote(
@@ -77,6 +78,32 @@ def rollback(file: FileArgument, name: NameArgument, as_json: JsonOption = False
         after = rollout.rollback(now, name)
         rollout.write_rollouts(file, after)
     _print(after, name, as_json)
+
+
+def key(
+    file: Annotated[Path, typer.Argument(help="The key file (`api_keys` of serving).")],
+    name: Annotated[str, typer.Argument(help="Of the caller.")],
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second that a replica lets through.")
+    ] = None,
+    burst: Annotated[float, typer.Option(help="Requests that may come at once.")] = 20.0,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take the key of this name away.")
+    ] = False,
+) -> None:
+    """Make a key for a caller and print it; the file holds its hash alone. Replicas read the file when they start."""
+    from loopfm_ray.serving.keys import ApiKeys, add_key, read_keys, write_keys
+
+    keys = read_keys(file) if file.exists() else ApiKeys()
+    if remove:
+        left = tuple(one for one in keys.keys if one.name != name)
+        if len(left) == len(keys.keys):
+            raise ConfigError(f"{file} has no key {name!r}, it has {[k.name for k in keys.keys]}")
+        write_keys(file, ApiKeys(keys=left))
+        return
+    keys, secret = add_key(keys, name, rate, burst)
+    write_keys(file, keys)
+    typer.echo(secret)
 
 
 def _print(rollouts: "Rollouts", name: str, as_json: bool) -> None:

@@ -28,6 +28,7 @@ VERBS = [
     "report",
     "promote",
     "rollback",
+    "key",
     "compact",
     "upgrade",
     "spaces",

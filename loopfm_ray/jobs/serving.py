@@ -4,9 +4,11 @@ One deployment and no handle between its parts: a hop costs several times what s
 ingress is faster but listens on every interface, so it is left to whoever sets `RAY_SERVE_ENABLE_HA_PROXY` knowingly.
 """
 
+import ipaddress
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from loopfm_ray.config import Config
 from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.serving.api import Scorer, create_api
 from loopfm_ray.serving.bundle import load_bundle
+from loopfm_ray.serving.keys import Gate, read_keys
 from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
 from loopfm_ray.serving.service import Service
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, locate
@@ -62,7 +65,9 @@ class ServeConfig(Config):
     online: str | None = None
     """Directory or `redis://` address of the online store of `bundle`; none for a VM without history."""
     host: str = "127.0.0.1"
-    """Interface of the HTTP proxy. Loopback alone: the service asks for no credentials."""
+    """Interface of the HTTP proxy; another than loopback takes `api_keys`."""
+    api_keys: str | None = None
+    """Key file, which `loopfm key` writes: every path but the probes then asks for a key. null asks for none."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP proxy; 0 lets `start` take a free one."""
     num_replicas: PositiveInt = 1
@@ -81,11 +86,25 @@ class ServeConfig(Config):
     """Least level of the package's log records."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check(self) -> Self:
         given = [name for name in ("bundle", "rollouts", "models") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(f"give one of bundle, rollouts and models, found {given or 'none'}")
+        if self.api_keys is None and not _is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host} lets others ask: set api_keys to a file that `loopfm key` wrote, or serve on 127.0.0.1"
+            )
         return self
+
+    def gate(self) -> Gate | None:
+        """Return what knows the keys; None where none is asked for.
+
+        Raises:
+            StoreError: the key file is missing, damaged, or open to others.
+        """
+        if self.api_keys is None:
+            return None
+        return Gate(read_keys(Path(self.api_keys)).keys, time.monotonic)
 
     def open(self, served: Served) -> "Predictor":
         """Load a bundle and open its store.
@@ -98,6 +117,13 @@ class ServeConfig(Config):
 
         where = locate(served.bundle, self.cache_dir, self.cache_bytes)
         return load_predictor(where, served.online, self.history_timeout_s)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 Loader = Callable[[ServeConfig], Scorer]
@@ -205,6 +231,7 @@ class _Replica:
 
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
         log.setup(config.log_level)
+        self._gate = config.gate()
         self._scorer = loader(config)
         follower = threading.Thread(
             target=follow, args=(self._scorer, config.reload_s), daemon=True
@@ -223,4 +250,4 @@ class _Replica:
 
     # Any: an ASGI application, as Serve asks for it once the constructor is done.
     async def __serve_build_asgi_app__(self) -> Any:
-        return create_api(self._scorer)
+        return create_api(self._scorer, gate=self._gate)

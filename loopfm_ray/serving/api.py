@@ -6,10 +6,12 @@ more than it gives; a replica is one process.
 """
 
 import logging
+import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
@@ -28,6 +30,7 @@ from loopfm_ray.serving.contract import (
     ScoreResponse,
     UnknownModelError,
 )
+from loopfm_ray.serving.keys import Gate, Verdict
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 BodyT = TypeVar("BodyT", ScoreRequest, BatchRequest)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RETRY_AFTER_S = "1"
+_OPEN_PATHS = ("/healthz", "/readyz")
 
 
 class Scorer(Protocol):
@@ -65,14 +69,21 @@ def now_ts() -> int:
     return time.time_ns() // 1000
 
 
-def create_api(scorer: Scorer | None = None, clock: Callable[[], int] = now_ts) -> FastAPI:
+def create_api(
+    scorer: Scorer | None = None,
+    clock: Callable[[], int] = now_ts,
+    gate: Gate | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         scorer: what scores; None makes a service that is alive but not ready. `app.state.scorer` sets it later.
         clock: microseconds UTC for requests that carry no time.
+        gate: knows the keys that every path but the probes then asks for; None asks for none.
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
+    if gate is not None:
+        app.middleware("http")(partial(_guard, gate))
     app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
@@ -106,6 +117,29 @@ def create_api(scorer: Scorer | None = None, clock: Callable[[], int] = now_ts) 
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     return app
+
+
+async def _guard(
+    gate: Gate, request: Request, call_next: Callable[[Request], Awaitable[Response]]
+) -> Response:
+    """Let a request with a key through, as often as the key may ask."""
+    if request.url.path in _OPEN_PATHS:
+        return await call_next(request)
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    verdict = gate.check(secret.strip()) if scheme.lower() == "bearer" else Verdict(None)
+    if verdict.name is None:
+        response = _problem(
+            request, 401, "send `Authorization: Bearer KEY` with a key of this service"
+        )
+        response.headers["www-authenticate"] = "Bearer"
+        return response
+    if verdict.retry_after_s > 0:
+        response = _problem(
+            request, 429, f"key {verdict.name!r} asks too often; wait and try again"
+        )
+        response.headers["retry-after"] = str(math.ceil(verdict.retry_after_s))
+        return response
+    return await call_next(request)
 
 
 async def _healthz() -> dict[str, str]:
@@ -261,15 +295,17 @@ def _problem(
 
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    code: {"model": Problem} for code in (400, 404, 413, 415, 422, 503)
+    code: {"model": Problem} for code in (400, 401, 404, 413, 415, 422, 429, 503)
 }
 _TITLES = {
     400: "Bad Request",
+    401: "Unauthorized",
     404: "Not Found",
     405: "Method Not Allowed",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
+    429: "Too Many Requests",
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
