@@ -25,8 +25,9 @@ from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
 from loopfm_ray.models.foundation import build_fm
+from loopfm_ray.models.joint import build_joint
 from loopfm_ray.store.filesystem import Location, absolute
-from loopfm_ray.train.weights import FmSpec, TrainedFm, save_fm
+from loopfm_ray.train.weights import FmSpec, JointBottleneck, TrainedFm, save_fm
 
 __all__ = ["FmJob", "FmSettings", "train_fm"]
 
@@ -160,8 +161,10 @@ def _worker(config: dict[str, Any]) -> None:
     item_fields = _item_fields(data) if job.config.model.has_history else ()
     schema = data.schema_as_of(job.splits.fm.stop_ts)
     model = build_fm(job.config.model, schema, item_fields)
+    bottleneck, layers = job.config.bottleneck, job.config.embedding_layers
+    joint = build_joint(model, bottleneck, layers) if job.config.is_joint else None
     task = Task(
-        model=model,
+        model=model if joint is None else joint,
         learning=job.config.learning,
         plan=job.plan,
         blocks=lambda _: keep_known(
@@ -188,7 +191,12 @@ def _worker(config: dict[str, Any]) -> None:
             fm=job.config.model,
         )
         save_fm(
-            TrainedFm(model, spec, record),
+            TrainedFm(
+                model,
+                spec,
+                record,
+                joint=None if joint is None else JointBottleneck(joint.bottleneck, layers),
+            ),
             job.out_dir,
             settings_hash=job.settings.config_hash,
             inputs={"prepared": data.manifest.version},
