@@ -75,7 +75,8 @@ def test_the_bottleneck_learns_from_a_random_start():
     bottleneck.set_moments(unseen.mean(0), unseen.var(0))
     rows = ChannelRows(unseen)
     start = channel_report(bottleneck, rows, CodeSpec(16, 4)).variance_explained
-    fit(state, batches(400), make_objective(state.model), LOOP, 400)
+    steps = [make_batch(num_rows=100, seed=seed) for seed in range(400)]
+    fit(state, steps, make_objective(state.model), LOOP, 400)
     with torch.no_grad():
         unseen = fm(make_batch(500, seed=1000)).embedding(LAYERS)
     found = channel_report(bottleneck, ChannelRows(unseen), CodeSpec(16, 4)).variance_explained
@@ -83,7 +84,7 @@ def test_the_bottleneck_learns_from_a_random_start():
     normal = bottleneck.standardise(unseen)
     values = torch.linalg.eigvalsh(torch.cov(normal.T))
     best = float(values[-4:].sum() / values.sum())
-    assert start["latent"] < 0.5 * best
+    assert start["latent"] < 0.25 * best
     assert 0.75 * best < found["latent"] <= best + 1e-6
     assert found["prefix_2"] < found["prefix_4"]
 
