@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loopfm_ray import __version__, cli_compare, log
+from loopfm_ray import __version__, cli_compare, cli_serve, log
 from loopfm_ray.cli_options import (
     DEFAULT_CONFIG,
     ConfigArgument,
@@ -46,6 +46,7 @@ app = typer.Typer(
 
 
 cli_compare.add_verbs(app)
+cli_serve.add_verbs(app)
 
 
 def main() -> None:
@@ -276,7 +277,7 @@ def serve(
     from loopfm_ray.jobs.scoring import serve_forever
 
     serve_forever(
-        settings, port, lambda url: typer.echo(f"scoring at {url}/v1/score, docs at {url}/docs")
+        settings, port, lambda url: typer.echo(f"models at {url}/v1/models, docs at {url}/docs")
     )
 
 

@@ -14,7 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from loopfm_ray.analysis.alignment import AlignmentKind
 from loopfm_ray.config import Config
+from loopfm_ray.data.base_config import Moment, to_ts
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.history.config import HistoryStageConfig
@@ -38,6 +40,7 @@ __all__ = [
     "OnlineConfig",
     "PipelineConfig",
     "RayConfig",
+    "RefreshConfig",
     "RunPaths",
     "VmStageConfig",
     "default_vms",
@@ -95,6 +98,28 @@ class LearningConfig(Config):
         )
 
 
+class RefreshConfig(Config):
+    """Later snapshots of the FM that take over the embedding of events, one after another."""
+
+    at: tuple[Moment, ...] = Field(min_length=1)
+    """When each takes over: it was trained until then and embeds the events from then on. Rising, after `data.split.fm_stop`."""
+    warm_start: bool = True
+    """Whether each begins with the weights of the one before, and learns from what is new since; else it learns from everything anew."""
+    align: AlignmentKind = "none"
+    """How its latents are mapped into the space of the first: not at all, turned (`orthogonal`) or by a `linear` map."""
+
+    @property
+    def at_ts(self) -> tuple[int, ...]:
+        """The moments in microseconds UTC."""
+        return tuple(to_ts(moment) for moment in self.at)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if list(self.at_ts) != sorted(set(self.at_ts)):
+            raise ConfigError(f"fm.refresh.at must rise, found {list(self.at)}")
+        return self
+
+
 class FmStageConfig(Config):
     """The foundation model: what it is, how it learns, and what is kept of it."""
 
@@ -109,6 +134,8 @@ class FmStageConfig(Config):
     """The newest rows of the FM's training window: on their embeddings the bottleneck is fitted and, on an eighth that it
     does not see, its codes are chosen. Of one that is trained along with the FM, an eighth of so many rows of the
     validation window choose the codes."""
+    refresh: RefreshConfig | None = None
+    """Later snapshots; null keeps one for all events, so that all latents lie in one space. The teacher stays the first one."""
 
     @property
     def is_joint(self) -> bool:
@@ -324,6 +351,10 @@ class RunPaths:
     def snapshot(self, seed: int) -> Location:
         """The FM with its bottleneck and codes."""
         return join(self.versions, f"seed={seed}", "snapshot")
+
+    def generation(self, seed: int, number: int, part: str) -> Location:
+        """The `fm`, `snapshot` or `latents` of a later snapshot; of the first one, 0, the latents where it does not stand alone."""
+        return join(self.versions, f"seed={seed}", "refresh", str(number), part)
 
     def latents(self, seed: int) -> Location:
         """The offline history store."""

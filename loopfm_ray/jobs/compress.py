@@ -11,7 +11,7 @@ from loopfm_ray.data.examples import Rows, iterate_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
 from loopfm_ray.data.windows import keep_known
-from loopfm_ray.errors import DataError, StoreError
+from loopfm_ray.errors import DataError
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.models.bottleneck import Bottleneck, build_bottleneck
 from loopfm_ray.models.channel import ChannelRows, channel_report
@@ -20,11 +20,11 @@ from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.embed import embedding_chunks
-from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
+from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, load_snapshot, save_snapshot
 from loopfm_ray.train.weights import TrainedFm, load_fm
 from loopfm_ray.types import TimeRange
 
-__all__ = ["CompressTask", "compress"]
+__all__ = ["CompressTask", "compress", "compress_inputs", "event_embeddings"]
 
 _BATCH_ROWS = 2048
 _HELD_OUT_SHARE = 8  # every eighth chunk of embeddings calibrates the codes
@@ -43,6 +43,8 @@ class CompressTask:
     seed: int
     config_hash: str
     """Of all settings above that shape the bottleneck and its codes."""
+    parent: Location | None = None
+    """The snapshot whose bottleneck this one goes on from; None begins anew."""
 
 
 def compress(task: CompressTask) -> str:
@@ -73,11 +75,26 @@ def compress(task: CompressTask) -> str:
         snapshot,
         task.out_dir,
         settings_hash=task.config_hash,
-        inputs={"prepared": data.manifest.version, "fm": trained.version},
+        inputs=compress_inputs(task.prepared, task.fm, task.parent),
         record={**trained.record, "channel": asdict(channel)},
         num_rows=read_manifest(task.fm).num_rows,
     )
     return snapshot.snapshot_id
+
+
+def compress_inputs(prepared: Location, fm: Location, parent: Location | None) -> dict[str, str]:
+    """Return the versions that a snapshot depends on."""
+    inputs = {"prepared": read_manifest(prepared).version, "fm": read_manifest(fm).version}
+    return inputs if parent is None else {**inputs, "parent": read_manifest(parent).version}
+
+
+def event_embeddings(task: CompressTask) -> Iterator[EmbeddingChunk]:
+    """Yield the FM's embeddings of the newest history events of `task.splits.fm`, whatever the FM was trained on.
+
+    They are those of about `bottleneck_rows` rows of the log, the same ones for every FM over the same log.
+    """
+    rows = _Embeddings(task, PreparedData.open(task.prepared), load_fm(task.fm))
+    return rows.events(task.splits.fm)
 
 
 def _fit(
@@ -88,7 +105,9 @@ def _fit(
     fitted = [chunk for index, chunk in enumerate(chunks) if index % _HELD_OUT_SHARE] or chunks
     in_dim = trained.model.embedding_dim(config.embedding_layers)
     bottleneck = build_bottleneck(config.bottleneck, in_dim)
-    fit_bottleneck(bottleneck, fitted, bits=config.bits)
+    if task.parent is not None:
+        bottleneck.load_state_dict(load_snapshot(task.parent).bottleneck.state_dict())
+    fit_bottleneck(bottleneck, fitted, bits=config.bits, is_started=task.parent is not None)
     unseen = torch.cat([chunk.embedding for chunk in held_out])
     return bottleneck, calibrate(bottleneck, unseen, config.bits)
 
@@ -96,21 +115,15 @@ def _fit(
 def _take(
     task: CompressTask, trained: TrainedFm, rows: "_Embeddings"
 ) -> tuple[Bottleneck, CodeSpec]:
-    config, joint = task.config, trained.joint
-    found = None if joint is None else (joint.bottleneck.config, joint.layers)
-    if joint is None or found != (config.bottleneck, config.embedding_layers):
-        has = "none" if joint is None else f"another one, of the layers {joint.layers}"
-        raise StoreError(
-            f"fm.bottleneck.fitted is jointly, but the FM at {task.fm} has {has} instead of this bottleneck of"
-            f" {config.embedding_layers}; run `loopfm train-fm` with the same config, or set fitted to after"
-        )
+    config = task.config
+    bottleneck = trained.bottleneck(config.bottleneck, config.embedding_layers)
     window = task.splits.fm_valid
     unseen = [chunk.embedding for chunk in rows.events(window, _HELD_OUT_SHARE)]
     if not unseen:
         raise DataError(
             f"codes are chosen on events of the FM's validation window {window}, found none; check the split"
         )
-    return joint.bottleneck, calibrate(joint.bottleneck, torch.cat(unseen), config.bits)
+    return bottleneck, calibrate(bottleneck, torch.cat(unseen), config.bits)
 
 
 class _Embeddings:

@@ -17,7 +17,7 @@ from loopfm_ray.jobs.cluster import connect
 from loopfm_ray.jobs.context import Context, splits_of
 from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.parity import check_parity, load_offline
-from loopfm_ray.serving.predictor import load_predictor
+from loopfm_ray.serving.predictor import Predictor, load_predictor
 from loopfm_ray.store.filesystem import absolute
 from loopfm_ray.store.manifest import find_manifest
 
@@ -45,6 +45,11 @@ def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
     )
 
 
+def _load(config: PipelineConfig) -> Predictor:
+    serve_config(config, 0)  # says what was not published
+    return load_predictor(absolute(config.paths.bundle), config.online_target)
+
+
 @contextmanager
 def serving_run(config: PipelineConfig, port: int) -> Iterator[str]:
     """Serve the run's VM on the connected cluster inside the block; gives the URL."""
@@ -63,8 +68,7 @@ def run_parity(context: Context) -> dict[str, Any]:
     """
     config = context.config
     context.progress("parity", 0, 2)
-    settings = serve_config(config, 0)
-    predictor = load_predictor(settings.location, settings.online)
+    predictor = _load(config)
     offline = load_offline(
         predictor.bundle,
         PreparedData.open(config.paths.prepared),
@@ -75,7 +79,8 @@ def run_parity(context: Context) -> dict[str, Any]:
     with serving_run(config, config.online.port) as url:
         context.progress("parity", 1, 2)
         report = check_parity(predictor, offline, tolerance=config.online.parity_tolerance, url=url)
-        scored = _score_one(url, offline.replays[-1].query)
+        name = predictor.bundle.spec.name
+        scored = _score_one(url, name, offline.replays[-1].query)
     context.progress("parity", 2, 2)
     if not report.is_ok:
         shown = "\n  ".join(report.mismatches)
@@ -87,7 +92,7 @@ def run_parity(context: Context) -> dict[str, Any]:
     return {**asdict(report), "scored_request": scored}
 
 
-def _score_one(url: str, query: ScoreQuery) -> dict[str, Any]:
+def _score_one(url: str, name: str, query: ScoreQuery) -> dict[str, Any]:
     items = list(query.items)[:_SHOWN_ITEMS]
     body = {
         "user": query.user,
@@ -100,7 +105,9 @@ def _score_one(url: str, query: ScoreQuery) -> dict[str, Any]:
         "items": items,
     }
     request = urllib.request.Request(  # our own loopback address
-        f"{url}/v1/score", json.dumps(body).encode(), {"content-type": "application/json"}
+        f"{url}/v1/models/{name}:score",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
         return {"request": body, "response": json.loads(answer.read())}
@@ -111,10 +118,7 @@ def serve_forever(config: PipelineConfig, port: int, announce: Callable[[str], N
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    settings = serve_config(config, port)
-    load_predictor(
-        settings.location, settings.online
-    )  # what can not be loaded is said here, not by a dying replica
+    _load(config)  # what can not be loaded is said here, not by a dying replica
     with connect(config.ray), serving_run(config, port) as url:
         announce(url)
         stop.wait()

@@ -1,29 +1,42 @@
-"""Serve one bundle on Ray Serve: a single deployment that holds features, model and HTTP together.
+"""Serve bundles on Ray Serve: a single deployment that holds router, features, models and HTTP together.
 
-One deployment and no handle between features and model: a hop costs several times what scoring does. Ray's HAProxy
+One deployment and no handle between its parts: a hop costs several times what scoring does. Ray's HAProxy
 ingress is faster but listens on every interface, so it is left to whoever sets `RAY_SERVE_ENABLE_HA_PROXY` knowingly.
 """
 
+import ipaddress
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from ray import serve
 from ray.serve import Application
 
 from loopfm_ray import log
 from loopfm_ray.config import Config
+from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.serving.api import Scorer, create_api
-from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, locate
+from loopfm_ray.serving.bundle import load_bundle
+from loopfm_ray.serving.keys import Gate, read_keys
+from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
+from loopfm_ray.serving.service import Service
+from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, locate
+
+if TYPE_CHECKING:
+    from loopfm_ray.serving.predictor import Predictor
 
 __all__ = [
     "APP_NAME",
     "DEPLOYMENT_NAME",
     "Loader",
     "ServeConfig",
+    "begin",
     "build_app",
     "load",
     "start",
@@ -39,16 +52,22 @@ DEPLOYMENT_NAME = "vm"
 class ServeConfig(Config):
     """Which bundle is served, with which online store, and how much it takes on."""
 
-    bundle: str
-    """Folder or `s3://` address of the VM bundle."""
+    bundle: str | None = None
+    """Folder or `s3://` address of the one VM bundle that is served; or give `rollouts` or `models`."""
+    rollouts: str | None = None
+    """File of the models by name, which `loopfm promote` and `loopfm rollback` write and every replica follows."""
+    models: dict[ModelName, Rollout] = Field(default_factory=dict)
+    """The models by name, as a deployment file gives them; deployed again with others they change without a restart."""
     cache_dir: str = CACHE_DIR
     """Folder for what is read from S3."""
     cache_bytes: PositiveInt = CACHE_BYTES
     """What that folder may hold before versions that nobody reads are removed."""
     online: str | None = None
-    """Directory or `redis://` address of the online store; none for a VM without history."""
+    """Directory or `redis://` address of the online store of `bundle`; none for a VM without history."""
     host: str = "127.0.0.1"
-    """Interface of the HTTP proxy. Loopback alone: the service asks for no credentials."""
+    """Interface of the HTTP proxy; another than loopback takes `api_keys`."""
+    api_keys: str | None = None
+    """Key file, which `loopfm key` writes: every path but the probes then asks for a key. null asks for none."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP proxy; 0 lets `start` take a free one."""
     num_replicas: PositiveInt = 1
@@ -66,28 +85,82 @@ class ServeConfig(Config):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level of the package's log records."""
 
-    @property
-    def location(self) -> Location:
-        """Where the bundle lies."""
-        return locate(self.bundle, self.cache_dir, self.cache_bytes)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in ("bundle", "rollouts", "models") if getattr(self, name)]
+        if len(given) != 1:
+            raise ConfigError(f"give one of bundle, rollouts and models, found {given or 'none'}")
+        if self.api_keys is None and not _is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host} lets others ask: set api_keys to a file that `loopfm key` wrote, or serve on 127.0.0.1"
+            )
+        return self
+
+    def gate(self) -> Gate | None:
+        """Return what knows the keys; None where none is asked for.
+
+        Raises:
+            StoreError: the key file is missing, damaged, or open to others.
+        """
+        if self.api_keys is None:
+            return None
+        return Gate(read_keys(Path(self.api_keys)).keys, time.monotonic)
+
+    def open(self, served: Served) -> "Predictor":
+        """Load a bundle and open its store.
+
+        Raises:
+            BundleError: the bundle is damaged, or the store is not of the space that the bundle was trained in.
+            StoreError: there is no such store, or it does not hold that space.
+        """
+        from loopfm_ray.serving.predictor import load_predictor
+
+        where = locate(served.bundle, self.cache_dir, self.cache_bytes)
+        return load_predictor(where, served.online, self.history_timeout_s)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 Loader = Callable[[ServeConfig], Scorer]
 
 
-def load(config: ServeConfig) -> Scorer:
-    """Load the bundle and the store that `config` names and check that they belong together.
+def load(config: ServeConfig) -> Service:
+    """Load what `config` names; models of a deployment file come by `_Replica.reconfigure`.
 
     Raises:
-        BundleError: the bundle is damaged, or the store is not of the space that the bundle was trained in.
-        StoreError: there is no such store, or it does not hold that space.
+        BundleError: a bundle is damaged, or its store is not of the space that it was trained in.
+        StoreError: there is no such store, or it does not hold that space; or no rollout file.
     """
     import torch  # in the replica alone
 
-    from loopfm_ray.serving.predictor import load_predictor
-
     torch.set_num_threads(1)
-    return load_predictor(config.location, config.online, config.history_timeout_s)
+    if config.rollouts is not None:
+        path = Path(config.rollouts)
+        service = Service(config.open, partial(read_rollouts, path))
+        begin(service, read_rollouts(path))
+        return service
+    service = Service(config.open)
+    if config.bundle is not None:
+        served = Served(bundle=config.bundle, online=config.online)
+        name = load_bundle(locate(config.bundle, config.cache_dir, config.cache_bytes)).spec.name
+        begin(service, Rollouts(models={name: Rollout(stable=served)}))
+    return service
+
+
+def begin(service: Service, rollouts: Rollouts) -> None:
+    """Serve the first models; unlike later ones they all have to load.
+
+    Raises:
+        BundleError: one can not be served.
+    """
+    refused = service.apply(rollouts)
+    if refused:
+        raise BundleError("; ".join(f"model {name}: {why}" for name, why in refused.items()))
 
 
 def build_app(config: ServeConfig, loader: Loader = load) -> Application:
@@ -97,8 +170,10 @@ def build_app(config: ServeConfig, loader: Loader = load) -> Application:
         config: checked arguments.
         loader: makes the scorer inside the replica; it has to be picklable.
     """
+    models = Rollouts(models=config.models).model_dump(mode="json") if config.models else None
     deployment = serve.deployment(
         name=DEPLOYMENT_NAME,
+        user_config=models,
         num_replicas=config.num_replicas,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
@@ -117,7 +192,7 @@ def start(config: ServeConfig, loader: Loader = load) -> str:
     serve.start(http_options={"host": config.host, "port": port})
     serve.run(build_app(config, loader), name=APP_NAME, route_prefix="/")
     url = f"http://{config.host}:{port}"
-    _LOGGER.info("serving %s at %s", config.bundle, url)
+    _LOGGER.info("serving %s at %s", config.bundle or config.rollouts or [*config.models], url)
     return url
 
 
@@ -156,12 +231,23 @@ class _Replica:
 
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
         log.setup(config.log_level)
+        self._gate = config.gate()
         self._scorer = loader(config)
         follower = threading.Thread(
             target=follow, args=(self._scorer, config.reload_s), daemon=True
         )
         follower.start()
 
+    def reconfigure(self, user_config: dict[str, Any]) -> None:  # Any: JSON of `Rollouts`
+        """Serve the models of a deployment file; Serve calls it at the start, and when they alone have changed."""
+        rollouts = Rollouts.model_validate(user_config)
+        if not isinstance(self._scorer, Service):
+            raise ConfigError("models of a deployment file need the loader that this module has")
+        if self._scorer.revision < 0:
+            begin(self._scorer, rollouts)
+        else:
+            self._scorer.apply(rollouts)
+
     # Any: an ASGI application, as Serve asks for it once the constructor is done.
     async def __serve_build_asgi_app__(self) -> Any:
-        return create_api(self._scorer)
+        return create_api(self._scorer, gate=self._gate)

@@ -28,6 +28,7 @@ from loopfm_ray.jobs.evaluate import (
 from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.publishing import run_publish
+from loopfm_ray.jobs.refresh import refreshed_latents
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.store.filesystem import Location, absolute, is_remote, remove_tree
@@ -132,15 +133,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
     config, result = context.config, {}
     for seed in config.seeds:
         needed(config.paths.snapshot(seed), "compress")
-        manifest = materialize(
-            config.paths.prepared,
-            config.paths.snapshot(seed),
-            config.paths.latents(seed),
-            delay_us=config.history.delay_us,
-            num_workers=config.ray.parallel_tasks,
-            progress=context.progress,
-            scope=_scope(context, seed),
-        )
+        manifest = _latents(context, seed)
         result[f"seed={seed}"] = {
             "version": manifest.version,
             "content": manifest.content,
@@ -150,6 +143,21 @@ def run_materialize(context: Context) -> dict[str, Any]:
             "late_events": manifest.record.get("num_late_events", 0),
         }
     return result
+
+
+def _latents(context: Context, seed: int) -> Manifest:
+    config = context.config
+    if config.fm.refresh is not None:
+        return refreshed_latents(context, seed)
+    return materialize(
+        config.paths.prepared,
+        config.paths.snapshot(seed),
+        config.paths.latents(seed),
+        delay_us=config.history.delay_us,
+        num_workers=config.ray.parallel_tasks,
+        progress=context.progress,
+        scope=_scope(context, seed),
+    )
 
 
 def _scope(context: Context, seed: int) -> Scope:
@@ -214,11 +222,13 @@ def run_audit(context: Context) -> dict[str, Any]:
 
 
 def _audit(config: PipelineConfig, seed: int) -> AuditReport:
+    # latents of several snapshots name none of them
+    is_of_one = config.fm.refresh is None
     return audit(
         config.paths.joined(seed),
         config.paths.latents(seed),
         config.paths.prepared,
-        config.paths.snapshot(seed),
+        config.paths.snapshot(seed) if is_of_one else None,
         sample=config.audit.sample,
         seed=seed,
     )

@@ -27,9 +27,17 @@ from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, s
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.models.joint import build_joint
 from loopfm_ray.store.filesystem import Location, absolute
-from loopfm_ray.train.weights import FmSpec, JointBottleneck, TrainedFm, save_fm
+from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.train.weights import (
+    FmSpec,
+    JointBottleneck,
+    TrainedFm,
+    adopt_weights,
+    load_fm,
+    save_fm,
+)
 
-__all__ = ["FmJob", "FmSettings", "train_fm"]
+__all__ = ["FmJob", "FmSettings", "fm_inputs", "train_fm"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class FmSettings:
     seed: int
     config_hash: str
     """Of all that is above."""
+    parent: Location | None = None
+    """The FM whose weights this one begins with; None begins anew."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,12 @@ def train_fm(
         raise unwrap(error, "train-fm") from error
 
 
+def fm_inputs(prepared: Location, parent: Location | None) -> dict[str, str]:
+    """Return the versions that an FM depends on."""
+    inputs = {"prepared": read_manifest(prepared).version}
+    return inputs if parent is None else {**inputs, "parent": read_manifest(parent).version}
+
+
 def _name(rank: int) -> str:
     return f"rank_{rank}"
 
@@ -163,6 +179,12 @@ def _worker(config: dict[str, Any]) -> None:
     model = build_fm(job.config.model, schema, item_fields)
     bottleneck, layers = job.config.bottleneck, job.config.embedding_layers
     joint = build_joint(model, bottleneck, layers) if job.config.is_joint else None
+    if job.settings.parent is not None:
+        parent = load_fm(job.settings.parent)
+        adopt_weights(model, parent.model)
+        if joint is not None:
+            old = parent.bottleneck(bottleneck, layers)
+            joint.bottleneck.load_state_dict(old.state_dict())
     task = Task(
         model=model if joint is None else joint,
         learning=job.config.learning,
@@ -199,7 +221,7 @@ def _worker(config: dict[str, Any]) -> None:
             ),
             job.out_dir,
             settings_hash=job.settings.config_hash,
-            inputs={"prepared": data.manifest.version},
+            inputs=fm_inputs(job.prepared, job.settings.parent),
             num_rows=sum(job.plan.num_rows),
             curves=curves,
         )

@@ -47,6 +47,11 @@ def upgrade(config: PipelineConfig, beside: Path, *, progress: Progress = silent
         ConfigError: the run names another target, or there is nothing to upgrade.
         StoreError: an input is missing, or a store can not be read or written.
     """
+    if config.fm.refresh is not None:
+        raise ConfigError(
+            f"run {config.name!r} has fm.refresh: its latents are of several snapshots; run `loopfm materialize`, or upgrade"
+            " to one snapshot with fm.refresh null"
+        )
     config, old_pin = share_target(config, beside)
     seed = config.seeds[0]
     prepared = _needed(config.paths.prepared, "prepare")

@@ -38,6 +38,16 @@ class FieldEmbeddings(nn.Module):
         start = self._offset_of[name]
         return self.weight[start : start + self._size_of[name]]
 
+    def adopt(self, other: "FieldEmbeddings") -> bool:
+        """Take over the rows of tables of the same fields with as many ids or fewer; return whether these are such."""
+        fits = other.names == self.names and other.dim == self.dim
+        if not fits or any(other._size_of[name] > self._size_of[name] for name in self.names):
+            return False
+        with torch.no_grad():
+            for name in self.names:
+                self.table(name)[: other._size_of[name]].copy_(other.table(name))
+        return True
+
     def offsets(self, names: Sequence[str]) -> Tensor:
         """Return [len(names)] int64: where the tables of these fields begin; see `forward`.
 

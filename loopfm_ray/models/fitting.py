@@ -47,7 +47,11 @@ def start_bottleneck(bottleneck: Bottleneck, chunks: Sequence[EmbeddingChunk], b
 
 
 def fit_bottleneck(
-    bottleneck: Bottleneck, stream: Iterable[EmbeddingChunk], *, bits: int = 4
+    bottleneck: Bottleneck,
+    stream: Iterable[EmbeddingChunk],
+    *,
+    bits: int = 4,
+    is_started: bool = False,
 ) -> list[float]:
     """Initialise from the first `init_rows` rows, then take one Adam step per chunk, those rows included.
 
@@ -57,6 +61,7 @@ def fit_bottleneck(
         bottleneck: what to fit; its config says for how long and how fast.
         stream: the embeddings.
         bits: of the codes that the latents will be stored in, which `rounding` trains for.
+        is_started: whether it goes on from the weights that it has, instead of being initialised.
 
     Returns:
         The loss of each step, before the step.
@@ -71,7 +76,8 @@ def fit_bottleneck(
         num_rows += len(chunk.embedding)
         if num_rows >= config.init_rows:
             break
-    start_bottleneck(bottleneck, buffered, bits)
+    if not is_started:
+        start_bottleneck(bottleneck, buffered, bits)
     optimizer = torch.optim.Adam(bottleneck.parameters(), lr=config.lr)
     source: Iterable[EmbeddingChunk] = chain(buffered, chunks)
     if config.epochs > 1:

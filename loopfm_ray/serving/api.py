@@ -1,4 +1,4 @@
-"""The HTTP face of a predictor: a FastAPI application that knows nothing of Ray.
+"""The HTTP face of a service: a FastAPI application that knows nothing of Ray.
 
 Every error is a problem+json body (RFC 9457) that names the fields at fault and never repeats what the caller sent as a
 value. Scoring runs on the event loop: it is a few milliseconds of work on one thread, and a hop to a thread pool costs
@@ -6,11 +6,13 @@ more than it gives; a replica is one process.
 """
 
 import logging
+import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,33 +21,47 @@ from starlette.exceptions import HTTPException
 
 from loopfm_ray.serving.contract import (
     MAX_BODY_BYTES,
+    BatchRequest,
+    BatchResponse,
     Problem,
     RequestError,
     ScoreQuery,
     ScoreRequest,
     ScoreResponse,
+    UnknownModelError,
 )
+from loopfm_ray.serving.keys import Gate, Verdict
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
 logger = logging.getLogger(__name__)
 
+BodyT = TypeVar("BodyT", ScoreRequest, BatchRequest)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RETRY_AFTER_S = "1"
+_OPEN_PATHS = ("/healthz", "/readyz")
 
 
 class Scorer(Protocol):
-    """What the application needs of a predictor."""
+    """What the application needs of a service."""
 
-    def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
-        """Score one query."""
+    def respond(self, name: str, query: ScoreQuery, request_id: str) -> ScoreResponse:
+        """Score one query with the model of a name."""
 
-    def describe(self) -> dict[str, Any]:
-        """Return the body of `GET /v1/model`."""
+    def respond_many(
+        self, name: str, queries: Sequence[ScoreQuery], request_id: str
+    ) -> BatchResponse:
+        """Score many queries with the model of a name."""
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return the body of `GET /v1/models/NAME`."""
         # Any: JSON for people and monitors, described in docs/.
 
+    def summary(self) -> dict[str, Any]:
+        """Return the body of `GET /v1/models`."""
+
     def reload(self) -> bool:
-        """Read a newer version of the histories if there is one; called outside of requests."""
+        """Read newer versions of the histories if there are some; called outside of requests."""
 
 
 def now_ts() -> int:
@@ -53,31 +69,77 @@ def now_ts() -> int:
     return time.time_ns() // 1000
 
 
-def create_api(predictor: Scorer | None = None, clock: Callable[[], int] = now_ts) -> FastAPI:
+def create_api(
+    scorer: Scorer | None = None,
+    clock: Callable[[], int] = now_ts,
+    gate: Gate | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
-        predictor: what scores; None makes a service that is alive but not ready. `app.state.predictor` sets it later.
+        scorer: what scores; None makes a service that is alive but not ready. `app.state.scorer` sets it later.
         clock: microseconds UTC for requests that carry no time.
+        gate: knows the keys that every path but the probes then asks for; None asks for none.
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
-    app.state.predictor = predictor
+    if gate is not None:
+        app.middleware("http")(partial(_guard, gate))
+    app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
     app.add_api_route("/readyz", _readyz, methods=["GET"], summary="A model is loaded")
-    app.add_api_route("/v1/model", _model, methods=["GET"], summary="Versions, fields, limits")
+    app.add_api_route("/v1/models", _models, methods=["GET"], summary="Names and versions")
     app.add_api_route(
-        "/v1/score",
+        "/v1/models/{vm}",
+        _model,
+        methods=["GET"],
+        summary="Versions, fields, limits and counters of one model",
+        responses={code: {"model": Problem} for code in (404, 503)},
+    )
+    app.add_api_route(
+        "/v1/models/{vm}:score",
         _score,
         methods=["POST"],
-        summary="Calibrated probabilities of the items",
+        summary="Calibrated probabilities of the items of one user",
         response_model=ScoreResponse,
-        responses={code: {"model": Problem} for code in (400, 413, 415, 422, 503)},
+        responses=_PROBLEMS,
         openapi_extra={"requestBody": {"required": True, "content": _content(ScoreRequest)}},
+    )
+    app.add_api_route(
+        "/v1/models/{vm}:batch",
+        _batch,
+        methods=["POST"],
+        summary="Calibrated probabilities of the items of many users",
+        response_model=BatchResponse,
+        responses=_PROBLEMS,
+        openapi_extra={"requestBody": {"required": True, "content": _content(BatchRequest)}},
     )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     return app
+
+
+async def _guard(
+    gate: Gate, request: Request, call_next: Callable[[Request], Awaitable[Response]]
+) -> Response:
+    """Let a request with a key through, as often as the key may ask."""
+    if request.url.path in _OPEN_PATHS:
+        return await call_next(request)
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    verdict = gate.check(secret.strip()) if scheme.lower() == "bearer" else Verdict(None)
+    if verdict.name is None:
+        response = _problem(
+            request, 401, "send `Authorization: Bearer KEY` with a key of this service"
+        )
+        response.headers["www-authenticate"] = "Bearer"
+        return response
+    if verdict.retry_after_s > 0:
+        response = _problem(
+            request, 429, f"key {verdict.name!r} asks too often; wait and try again"
+        )
+        response.headers["retry-after"] = str(math.ceil(verdict.retry_after_s))
+        return response
+    return await call_next(request)
 
 
 async def _healthz() -> dict[str, str]:
@@ -85,19 +147,51 @@ async def _healthz() -> dict[str, str]:
 
 
 async def _readyz(request: Request) -> Response:
-    if request.app.state.predictor is None:
+    scorer: Scorer | None = request.app.state.scorer
+    if scorer is None or not scorer.summary()["models"]:
         return _not_ready(request)
     return JSONResponse({"status": "ready"})
 
 
-async def _model(request: Request) -> Response:
-    predictor: Scorer | None = request.app.state.predictor
-    return _not_ready(request) if predictor is None else JSONResponse(predictor.describe())
+async def _models(request: Request) -> Response:
+    scorer: Scorer | None = request.app.state.scorer
+    return _not_ready(request) if scorer is None else JSONResponse(scorer.summary())
 
 
-async def _score(request: Request) -> Response:
-    predictor: Scorer | None = request.app.state.predictor
-    if predictor is None:
+async def _model(request: Request, vm: str) -> Response:
+    scorer: Scorer | None = request.app.state.scorer
+    if scorer is None:
+        return _not_ready(request)
+    try:
+        return JSONResponse(scorer.describe(vm))
+    except UnknownModelError as error:
+        return _problem(request, 404, str(error))
+
+
+async def _score(request: Request, vm: str) -> Response:
+    def answer(scorer: Scorer, sent: ScoreRequest, request_id: str) -> BaseModel:
+        return scorer.respond(vm, sent.to_query(request.app.state.clock()), request_id)
+
+    return await _answer(request, ScoreRequest, answer)
+
+
+async def _batch(request: Request, vm: str) -> Response:
+    def answer(scorer: Scorer, sent: BatchRequest, request_id: str) -> BaseModel:
+        now = request.app.state.clock()
+        queries = [one.to_query(now) for one in sent.requests]
+        return scorer.respond_many(vm, queries, request_id)
+
+    return await _answer(request, BatchRequest, answer)
+
+
+async def _answer(
+    request: Request,
+    contract: type[BodyT],
+    answer: Callable[[Scorer, BodyT, str], BaseModel],
+) -> Response:
+    """Read a body, check it against its contract, and answer it or say what is wrong."""
+    scorer: Scorer | None = request.app.state.scorer
+    if scorer is None:
         return _not_ready(request)
     content_type = request.headers.get("content-type", "application/json").partition(";")[0]
     if content_type.strip().lower() != "application/json":
@@ -106,16 +200,19 @@ async def _score(request: Request) -> Response:
     if body is None:
         return _problem(request, 413, f"the body is over {MAX_BODY_BYTES} bytes; send fewer items")
     try:
-        score_request = ScoreRequest.model_validate_json(body)
+        sent = contract.model_validate_json(body)
     except ValidationError as error:
         return _invalid(request, error)
     request_id = _request_id(request)
     try:
-        answer = predictor.respond(score_request.to_query(request.app.state.clock()), request_id)
+        found = answer(scorer, sent, request_id)
+    except UnknownModelError as error:
+        return _problem(request, 404, str(error))
     except RequestError as error:
-        return _problem(request, 422, str(error))
+        where = [] if error.index is None else [_entry(f"requests.{error.index}", str(error))]
+        return _problem(request, 422, str(error), where if contract is BatchRequest else [])
     headers = {"x-request-id": request_id}
-    return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+    return Response(found.model_dump_json(), media_type="application/json", headers=headers)
 
 
 async def _read_body(request: Request) -> bytes | None:
@@ -137,7 +234,7 @@ def _invalid(request: Request, error: ValidationError) -> Response:
             item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         )
     errors = [
-        {"field": name, "message": " or ".join(dict.fromkeys(messages))}
+        _entry(name, " or ".join(dict.fromkeys(messages)))
         for name, messages in sorted(found.items())
     ]
     if not is_json:
@@ -145,8 +242,14 @@ def _invalid(request: Request, error: ValidationError) -> Response:
     return _problem(request, 422, "the request does not fit the contract; see errors", errors)
 
 
+def _entry(name: str, message: str) -> dict[str, str]:
+    return {"field": name, "message": message}
+
+
 def _field(loc: Sequence[int | str]) -> str:
-    depth = 2 if loc and loc[0] in ("context", "items") else 1
+    """Return the path of a field; what is inside a value is left out."""
+    begin = 2 if len(loc) > 1 and loc[0] == "requests" else 0
+    depth = begin + (2 if loc[begin : begin + 1] in (("context",), ("items",)) else 1)
     text = ".".join(str(part) for part in loc[:depth]) or "(body)"
     return text if len(text) <= 160 else f"{text[:157]}..."
 
@@ -191,13 +294,18 @@ def _problem(
     )
 
 
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    code: {"model": Problem} for code in (400, 401, 404, 413, 415, 422, 429, 503)
+}
 _TITLES = {
     400: "Bad Request",
+    401: "Unauthorized",
     404: "Not Found",
     405: "Method Not Allowed",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
+    429: "Too Many Requests",
     500: "Internal Server Error",
     503: "Service Unavailable",
 }

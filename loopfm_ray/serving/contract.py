@@ -15,12 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from loopfm_ray.errors import DataError
 
 __all__ = [
+    "MAX_BATCH",
+    "MAX_BATCH_ITEMS",
     "MAX_BODY_BYTES",
     "MAX_CONTEXT_FIELDS",
     "MAX_ITEMS",
     "MAX_KEY_CHARS",
     "MAX_REQUEST_TS",
     "MAX_SEQUENCE_VALUES",
+    "BatchRequest",
+    "BatchResponse",
     "ContextValue",
     "FeatureInfo",
     "ModelInfo",
@@ -29,11 +33,16 @@ __all__ = [
     "ScoreQuery",
     "ScoreRequest",
     "ScoreResponse",
+    "UnknownModelError",
     "parse_request_ts",
 ]
 
 MAX_ITEMS = 1000
 """Candidate items in one request."""
+MAX_BATCH = 256
+"""Requests in one batch."""
+MAX_BATCH_ITEMS = 32_768
+"""Candidate items in one batch."""
 MAX_KEY_CHARS = 256
 """Characters of a user, an item or a categorical value."""
 MAX_CONTEXT_FIELDS = 256
@@ -62,7 +71,18 @@ ContextValue = (
 
 
 class RequestError(DataError):
-    """A request does not fit the model that serves; the caller has to change it."""
+    """A request does not fit the model that serves; the caller has to change it.
+
+    `index` says which of several requests it was, None where there is one.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class UnknownModelError(RequestError):
+    """No model of the asked name is served."""
 
 
 class _Wire(BaseModel):
@@ -80,7 +100,7 @@ class ScoreQuery:
 
 
 class ScoreRequest(_Wire):
-    """Body of `POST /v1/score`."""
+    """Body of `POST /v1/models/{vm}:score`."""
 
     user: Key = Field(
         description="Key of the user; one that is not known scores with the default user."
@@ -94,7 +114,7 @@ class ScoreRequest(_Wire):
     )
     context: Annotated[dict[FieldName, ContextValue], Field(max_length=MAX_CONTEXT_FIELDS)] = Field(
         default_factory=dict,
-        description="Field name to value, as GET /v1/model lists them; a field left out takes its default.",
+        description="Field name to value, as GET /v1/models/{vm} lists them; a field left out takes its default.",
     )
 
     @field_validator("request_ts")
@@ -115,8 +135,11 @@ class ScoreRequest(_Wire):
 class ModelInfo(_Wire):
     """Which model scored."""
 
-    name: str
-    version: str
+    name: str = Field(description="Name that was asked for.")
+    version: str = Field(description="Version of the bundle.")
+    variant: Literal["stable", "canary"] = Field(
+        description="Which of the bundles under the name; it hangs on the user."
+    )
 
 
 class FeatureInfo(_Wire):
@@ -142,7 +165,7 @@ class FeatureInfo(_Wire):
 
 
 class ScoreResponse(_Wire):
-    """Answer of `POST /v1/score`."""
+    """Answer of `POST /v1/models/{vm}:score`."""
 
     scores: list[float] = Field(
         description="Calibrated probability of each item, in request order."
@@ -152,6 +175,29 @@ class ScoreResponse(_Wire):
     unknown_items: int = Field(
         description="Candidates the model does not know; they share one default."
     )
+    request_id: str
+
+
+class BatchRequest(_Wire):
+    """Body of `POST /v1/models/{vm}:batch`."""
+
+    requests: Annotated[list[ScoreRequest], Field(min_length=1, max_length=MAX_BATCH)] = Field(
+        description="As many requests for one model, of any users; all are scored, or none."
+    )
+
+    @field_validator("requests")
+    @classmethod
+    def _not_too_many_items(cls, value: list[ScoreRequest]) -> list[ScoreRequest]:
+        num_items = sum(len(request.items) for request in value)
+        if num_items > MAX_BATCH_ITEMS:
+            raise ValueError(f"must have at most {MAX_BATCH_ITEMS} items in all, found {num_items}")
+        return value
+
+
+class BatchResponse(_Wire):
+    """Answer of `POST /v1/models/{vm}:batch`."""
+
+    results: list[ScoreResponse] = Field(description="One for each request, in their order.")
     request_id: str
 
 

@@ -1,4 +1,4 @@
-"""From one request to one batch, through the collator and the code tables that training used.
+"""From requests to one batch, through the collator and the code tables that training used.
 
 What is missing has a stated default: an unknown user, item or categorical value is id 0, a number left out is the mean,
 a sequence left out is empty, a missing history is the model's learnt vector for none. All of it is reported. A field that
@@ -6,8 +6,8 @@ counts the user's past has none: the store does not hold what it counts, and no 
 to give it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ from loopfm_ray.data.schema import Field, Kind, Side
 from loopfm_ray.serving.bundle import Bundle, HistoryPin
 from loopfm_ray.serving.contract import ContextValue, RequestError, ScoreQuery
 from loopfm_ray.store.online import UserHistory, is_cut, visible_slice
+from loopfm_ray.store.tables import code_column
 from loopfm_ray.types import MICROS_PER_S, UNKNOWN_ID
 
-__all__ = ["FeatureBuilder", "HistoryRead", "RequestFeatures", "read_history"]
+__all__ = ["FeatureBuilder", "HistoryRead", "RequestFeatures", "read_histories"]
 
 Column = NDArray[Any]
 """[B] or [B, S] values of one field."""
@@ -32,12 +33,11 @@ _ZERO = np.zeros(1, dtype=np.int64)
 
 @dataclass(frozen=True)
 class HistoryRead:
-    """What a request sees of a history.
+    """What one request sees of a history.
 
     `age_s` is the age of the newest item; `reason` says why the history is less than the model could have had.
     """
 
-    history: History
     length: int
     age_s: float | None
     reason: str | None
@@ -45,46 +45,69 @@ class HistoryRead:
 
 @dataclass(frozen=True)
 class RequestFeatures:
-    """The batch of one request, a row for each item in order, and what had to be replaced by a default."""
+    """What of one request had to be replaced by a default."""
 
-    batch: Batch
     num_unknown_items: int
     is_unknown_user: bool
     unknown_fields: tuple[str, ...]
     default_fields: tuple[str, ...]
 
 
-def read_history(
-    found: UserHistory | None, pin: HistoryPin, request_ts: int, num_rows: int
-) -> HistoryRead:
-    """Return the history that all `num_rows` rows of a request at `request_ts` share.
+def read_histories(
+    found: Sequence[UserHistory | None],
+    pin: HistoryPin,
+    request_ts: Sequence[int],
+    num_rows: Sequence[int],
+) -> tuple[History, list[HistoryRead]]:
+    """Return the histories of N requests as their rows share them, and what each request sees.
 
     `reason` is `not_in_store`, `nothing_visible`, `cut_in_store` (fewer events than the model reads are left of one
     that was cut when it was published, and older ones could have counted) or None.
+
+    Args:
+        found: [N] what the store gave.
+        pin: how the VM reads it.
+        request_ts: [N].
+        num_rows: [N] items of each request.
     """
-    rows = _ZERO[:0] if found is None else _visible(found, pin, request_ts)
-    event_ts, codes = _ZERO[:0], np.zeros((0, pin.code_spec.num_bytes), dtype=np.uint8)
-    if found is not None:
-        event_ts, codes = found.event_ts[rows], found.codes[rows]
-    packed = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(pin.code_spec.num_bytes), len(rows), [None, pa.py_buffer(codes.tobytes())]
-    )
-    table = pa.table({"event_ts": event_ts, "code": packed})
+    seen = [
+        _ZERO[:0] if one is None else visible_slice(one, ts, pin.max_len, pin.retention_us)
+        for one, ts in zip(found, request_ts, strict=True)
+    ]
+    lengths = np.asarray([len(rows) for rows in seen], dtype=np.int64)
+    parts = [
+        (one.event_ts[rows], one.codes[rows])
+        for one, rows in zip(found, seen, strict=True)
+        if one is not None
+    ]
+    width = pin.code_spec.num_bytes
+    event_ts = np.concatenate([_ZERO[:0], *(times for times, _ in parts)])
+    codes = np.concatenate([np.zeros((0, width), np.uint8), *(part for _, part in parts)])
+    table = pa.table({"event_ts": event_ts, "code": code_column(codes)})
     source = LatentHistorySource({0: table}, pin.code_spec, pin.max_len)
-    gathered = source.gather(_ZERO, _ZERO, np.asarray([len(rows)]), np.asarray([request_ts]))
+    starts = np.cumsum(lengths) - lengths
+    times = np.asarray(request_ts, dtype=np.int64)
+    gathered = source.gather(np.zeros_like(lengths), starts, lengths, times)
     assert gathered.latents is not None
     history = History(
-        row=torch.zeros(num_rows, dtype=torch.int64),
+        row=torch.from_numpy(np.repeat(np.arange(len(lengths)), num_rows)),
         mask=torch.from_numpy(gathered.mask),
         age_s=torch.from_numpy(gathered.age_s),
         latents=torch.from_numpy(gathered.latents),
     )
-    age_s = (request_ts - int(event_ts[-1])) / MICROS_PER_S if len(rows) else None
-    return HistoryRead(history, len(rows), age_s, _reason(found, len(rows), pin, request_ts))
-
-
-def _visible(found: UserHistory, pin: HistoryPin, request_ts: int) -> NDArray[np.int64]:
-    return visible_slice(found, request_ts, pin.max_len, pin.retention_us)
+    newest = [
+        int(event_ts[start + n - 1]) if n else None
+        for start, n in zip(starts, lengths, strict=True)
+    ]
+    reads = [
+        HistoryRead(
+            int(n),
+            None if last is None else (ts - last) / MICROS_PER_S,
+            _reason(one, int(n), pin, ts),
+        )
+        for one, n, last, ts in zip(found, lengths, newest, request_ts, strict=True)
+    ]
+    return history, reads
 
 
 def _reason(found: UserHistory | None, length: int, pin: HistoryPin, request_ts: int) -> str | None:
@@ -109,43 +132,62 @@ class FeatureBuilder:
         self.request_fields = tuple(name for name in self._fields if name not in self._derive)
         """The fields that a caller may give."""
 
-    def build(self, query: ScoreQuery) -> RequestFeatures:
-        """Return the batch of `query` without histories.
+    def build(self, queries: Sequence[ScoreQuery]) -> tuple[Batch, list[RequestFeatures]]:
+        """Return the rows of all queries, one after another, without histories, and what each query lacked.
 
         Raises:
-            RequestError: a context field is unknown, derived, or has a value of the wrong type or length.
+            RequestError: a context field is unknown, derived, or has a value of the wrong type or length; its `index`
+                says of which query.
         """
-        self._check_names(query)
-        num_rows = len(query.items)
-        user = self._encode("user", [query.user])
-        items = self._encode("item", query.items)
+        sizes = [len(query.items) for query in queries]
+        users = self._encode("user", [query.user for query in queries])
+        items = self._encode("item", [item for query in queries for item in query.items])
+        columns: dict[str, list[Column]] = {name: [] for name in self._fields}
+        lacks: list[tuple[list[str], tuple[str, ...]]] = []
+        for index, query in enumerate(queries):
+            try:
+                lacks.append(self._add_context(query, columns))
+            except RequestError as error:
+                raise RequestError(error.message, index) from None
+        total = len(items)
         rows: dict[str, Column] = {
-            "user": np.repeat(user, num_rows),
+            "user": np.repeat(users, sizes),
             "item": items,
-            "bucket": np.zeros(num_rows, dtype=np.int16),
-            "event_ts": np.full(num_rows, query.request_ts, dtype=np.int64),
+            "bucket": np.zeros(total, dtype=np.int16),
+            "event_ts": np.repeat(
+                np.asarray([query.request_ts for query in queries], dtype=np.int64), sizes
+            ),
         }
-        rows |= {task: np.zeros(num_rows, dtype=np.float32) for task in self._tasks}
+        rows |= {task: np.zeros(total, dtype=np.float32) for task in self._tasks}
+        rows |= {name: _stack(parts) for name, parts in columns.items()}
+        unknown_items = np.add.reduceat(items == UNKNOWN_ID, np.cumsum([0, *sizes[:-1]]))
+        features = [
+            RequestFeatures(
+                num_unknown_items=int(count),
+                is_unknown_user=self._reads("user") and int(user) == UNKNOWN_ID,
+                unknown_fields=tuple(unknown),
+                default_fields=default,
+            )
+            for count, user, (unknown, default) in zip(unknown_items, users, lacks, strict=True)
+        ]
+        return self._collator(rows), features
+
+    def _add_context(
+        self, query: ScoreQuery, columns: Mapping[str, list[Column]]
+    ) -> tuple[list[str], tuple[str, ...]]:
+        """Add the columns of one query; return its fields of unknown value, and those left out."""
+        self._check_names(query)
         given: dict[str, ContextValue] = {
             **query.context,
             **derive_context(query.request_ts, self._derive),
         }
         unknown = []
         for name, field in self._fields.items():
-            rows[name], is_known = self._column(field, given.get(name), num_rows)
+            column, is_known = self._column(field, given.get(name), len(query.items))
+            columns[name].append(column)
             if not is_known:
                 unknown.append(name)
-        return RequestFeatures(
-            batch=self._collator(rows),
-            num_unknown_items=int(np.count_nonzero(items == UNKNOWN_ID)),
-            is_unknown_user=self._reads("user") and int(user[0]) == UNKNOWN_ID,
-            unknown_fields=tuple(unknown),
-            default_fields=tuple(name for name in self.request_fields if name not in given),
-        )
-
-    def with_history(self, features: RequestFeatures, read: HistoryRead) -> Batch:
-        """Return the batch with its history."""
-        return replace(features.batch, histories={"latent": read.history})
+        return unknown, tuple(name for name in self.request_fields if name not in given)
 
     def _reads(self, name: str) -> bool:
         return name in self._bundle.vocabularies
@@ -161,7 +203,7 @@ class FeatureBuilder:
         unknown = sorted(set(query.context).difference(self._fields))
         if unknown:
             raise RequestError(
-                f"context fields {unknown} are unknown; the model reads {list(self.request_fields)}, see GET /v1/model"
+                f"context fields {unknown} are unknown; the model reads {list(self.request_fields)}, GET /v1/models/NAME lists them"
             )
         derived = sorted(set(query.context).intersection(self._derive))
         if derived:
@@ -203,6 +245,16 @@ class FeatureBuilder:
         keys = [str(key) for key in value][-self._bundle.spec.sequence_len :]
         ids = self._encode(field.name, keys)
         return np.tile(ids, (num_rows, 1)), bool((ids != UNKNOWN_ID).all())
+
+
+def _stack(parts: Sequence[Column]) -> Column:
+    """Return the columns of several requests one below another, sequences padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
 
 
 def _number_column(field: Field, value: ContextValue | None, num_rows: int) -> Column:

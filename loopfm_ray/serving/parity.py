@@ -106,7 +106,13 @@ def check_parity(
     if url is None:
         served = _ask_predictor(predictor, queries, offline.latents_version)
     else:
-        served = ask_service(url, queries, predictor.bundle.version, offline.latents_version)
+        served = ask_service(
+            url,
+            queries,
+            predictor.bundle.spec.name,
+            predictor.bundle.version,
+            offline.latents_version,
+        )
     worst, num_bad = 0.0, 0
     shown: list[str] = []
     for replay, probs in zip(offline.replays, served, strict=True):
@@ -177,13 +183,18 @@ def _check_version(who: str, found: str | None, expected: str | None) -> None:
 
 
 def ask_service(
-    url: str, queries: Sequence[ScoreQuery], version: str, latents_version: str | None = None
+    url: str,
+    queries: Sequence[ScoreQuery],
+    name: str,
+    version: str,
+    latents_version: str | None = None,
 ) -> Iterator[Probs]:
     """Yield the scores that the service at `url` gives to each query.
 
     Args:
         url: base address of the service.
         queries: to ask, one after the other.
+        name: of the model.
         version: of the bundle that has to answer.
         latents_version: that histories have to be read from; None for a VM without.
 
@@ -197,7 +208,7 @@ def ask_service(
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S)
     try:
         for query in queries:
-            answer = _post(connection, url, query)
+            answer = _post(connection, url, name, query)
             found = answer["model"]["version"]
             if found != version:
                 raise BundleError(
@@ -211,7 +222,9 @@ def ask_service(
 
 
 # Any: the JSON of a ScoreResponse.
-def _post(connection: http.client.HTTPConnection, url: str, query: ScoreQuery) -> dict[str, Any]:
+def _post(
+    connection: http.client.HTTPConnection, url: str, name: str, query: ScoreQuery
+) -> dict[str, Any]:
     body = {
         "user": query.user,
         "request_ts": query.request_ts,
@@ -220,7 +233,10 @@ def _post(connection: http.client.HTTPConnection, url: str, query: ScoreQuery) -
     }
     try:
         connection.request(
-            "POST", "/v1/score", json.dumps(body), {"content-type": "application/json"}
+            "POST",
+            f"/v1/models/{name}:score",
+            json.dumps(body),
+            {"content-type": "application/json"},
         )
         response = connection.getresponse()
         text = response.read().decode()

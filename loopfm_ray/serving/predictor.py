@@ -2,16 +2,17 @@
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loopfm_ray.data.collate import Batch
+from loopfm_ray.data.collate import Batch, History
+from loopfm_ray.data.joined import USER_SOURCE
 from loopfm_ray.data.schema import Field, Kind, Side
 from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.metrics.binary import sigmoid
@@ -27,7 +28,7 @@ from loopfm_ray.serving.contract import (
     ScoreQuery,
     ScoreResponse,
 )
-from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_history
+from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_histories
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
 from loopfm_ray.store.space import Space
@@ -45,6 +46,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_MAX_ROWS = 8192
+"""Rows of one pass through the model."""
 STORE_FAILED = "store_failed"
 """Reason of a history that is missing because the store did not answer in time, or wrongly."""
 
@@ -176,41 +179,66 @@ class Predictor:
         Raises:
             RequestError: the context does not fit the model.
         """
+        (scored,) = self.score_many([query])
+        return scored
+
+    def score_many(self, queries: Sequence[ScoreQuery]) -> list[Scored]:
+        """Return the answer to each query, in order; all of them read one version of the histories.
+
+        One pass through the model takes many queries, which costs a fraction of as many passes.
+
+        Raises:
+            RequestError: the context of a query does not fit the model; its `index` says of which. None is answered then.
+        """
+        store, found = self._store, list[Scored]()
         try:
-            features = self._builder.build(query)
-            batch, read, version = features.batch, None, None
-            pin, store = self.bundle.spec.history, self._store
-            if pin is not None and store is not None:
-                version = store.version
-                read = self._read_history(store, query, pin)
-                batch = self._builder.with_history(features, read)
-            probs = score_probs(self.bundle, batch)
-            if not np.isfinite(probs).all():
-                raise RequestError("the context gives no finite score; check its numbers")
+            for begin, part in _pieces(queries):
+                try:
+                    found += self._score_part(part, store)
+                except RequestError as error:
+                    raise RequestError(error.message, begin + (error.index or 0)) from None
         except RequestError:
             with self._lock:
                 self.counters.refused += 1
             raise
-        scored = Scored(probs, features, read, version)
-        self._count(scored)
-        return scored
+        for scored in found:
+            self._count(scored)
+        return found
 
-    def score_many(self, queries: Iterable[ScoreQuery]) -> Iterator[Scored]:
-        """Yield the answer to each query, in order; for replays."""
-        return map(self.score, queries)
+    def _score_part(self, queries: Sequence[ScoreQuery], store: OnlineStore | None) -> list[Scored]:
+        batch, features = self._builder.build(queries)
+        pin, version = self.bundle.spec.history, None
+        reads: list[HistoryRead | None] = [None] * len(queries)
+        if pin is not None and store is not None:
+            version = store.version
+            history, read = self._read_histories(store, queries, pin)
+            reads = [*read]
+            batch = replace(batch, histories={USER_SOURCE: history})
+        probs = score_probs(self.bundle, batch)
+        ends = np.cumsum([len(query.items) for query in queries])
+        parts = np.split(probs, ends[:-1])
+        for index, part in enumerate(parts):
+            if not np.isfinite(part).all():
+                raise RequestError("the context gives no finite score; check its numbers", index)
+        return [Scored(*one, version) for one in zip(parts, features, reads, strict=True)]
 
     def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
-        """Return the answer to one query as it goes over the wire.
+        """Return the answer to one query under the name of the bundle.
 
         Raises:
             RequestError: the context does not fit the model.
         """
-        scored = self.score(query)
+        return self.answer(self.score(query), request_id, self.bundle.spec.name, "stable")
+
+    def answer(
+        self, scored: Scored, request_id: str, name: str, variant: Literal["stable", "canary"]
+    ) -> ScoreResponse:
+        """Return what `score` found as it goes over the wire, under the name that was asked for."""
         features, read, pin = scored.features, scored.history, self.bundle.spec.history
         reason = read.reason if read else None
         return ScoreResponse(
             scores=scored.probs.tolist(),
-            model=ModelInfo(name=self.bundle.spec.name, version=self.bundle.version),
+            model=ModelInfo(name=name, version=self.bundle.version, variant=variant),
             features=FeatureInfo(
                 version=scored.latents_version,
                 snapshot_id=pin.snapshot_id if pin else None,
@@ -277,18 +305,25 @@ class Predictor:
             "default": default,
         }
 
-    def _read_history(self, store: OnlineStore, query: ScoreQuery, pin: HistoryPin) -> HistoryRead:
-        found: UserHistory | None = None
+    def _read_histories(
+        self, store: OnlineStore, queries: Sequence[ScoreQuery], pin: HistoryPin
+    ) -> tuple[History, list[HistoryRead]]:
+        found: list[UserHistory | None] = [None] * len(queries)
         is_failed = False
         try:
-            found = store.get_many([query.user])[0]
+            found = store.get_many([query.user for query in queries])
         except StoreError as error:
             is_failed = True
-            logger.warning("no history for a request, the store failed: %s", error)
-        read = read_history(found, pin, query.request_ts, len(query.items))
+            logger.warning("no history for %d requests, the store failed: %s", len(queries), error)
+        history, reads = read_histories(
+            found,
+            pin,
+            [query.request_ts for query in queries],
+            [len(query.items) for query in queries],
+        )
         if is_failed:
-            return HistoryRead(read.history, 0, None, STORE_FAILED)
-        return read
+            reads = [HistoryRead(0, None, STORE_FAILED)] * len(queries)
+        return history, reads
 
     def _count(self, scored: Scored) -> None:
         features, reason = scored.features, scored.history.reason if scored.history else None
@@ -302,6 +337,18 @@ class Predictor:
             counters.default_values += len(features.default_fields)
             counters.history_misses += reason is not None
             counters.store_failures += reason == STORE_FAILED
+
+
+def _pieces(queries: Sequence[ScoreQuery]) -> Iterator[tuple[int, Sequence[ScoreQuery]]]:
+    """Cut queries into pieces of bounded rows; gives where each begins."""
+    begin = rows = 0
+    for place, query in enumerate(queries):
+        if rows and rows + len(query.items) > _MAX_ROWS:
+            yield begin, queries[begin:place]
+            begin, rows = place, 0
+        rows += len(query.items)
+    if begin < len(queries):
+        yield begin, queries[begin:]
 
 
 def score_probs(bundle: Bundle, batch: Batch) -> NDArray[np.float64]:

@@ -55,9 +55,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             staged.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a text file, whole or not at all; `mode` is its permissions, less those that the process masks."""
+
+    def write(staged: Path) -> None:
+        handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+
+    write_atomically(path, write)
 
 
 def write_parquet(table: Table, path: Path) -> None:

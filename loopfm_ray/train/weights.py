@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.models.bottleneck import Bottleneck, BottleneckConfig, build_bottleneck
+from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location
@@ -24,6 +26,7 @@ __all__ = [
     "FmSpec",
     "JointBottleneck",
     "TrainedFm",
+    "adopt_weights",
     "load_fm",
     "load_weights",
     "save_fm",
@@ -102,6 +105,21 @@ class TrainedFm:
     joint: JointBottleneck | None = None
     """The bottleneck that was trained along; none was, as a rule."""
 
+    def bottleneck(self, config: BottleneckConfig, layers: tuple[str, ...]) -> Bottleneck:
+        """Return the bottleneck that was trained along, which has to be of this config and read these layers.
+
+        Raises:
+            StoreError: it is not, or there is none.
+        """
+        joint = self.joint
+        if joint is not None and (joint.bottleneck.config, joint.layers) == (config, layers):
+            return joint.bottleneck
+        has = "none" if joint is None else f"another one, of the layers {joint.layers}"
+        raise StoreError(
+            f"fm.bottleneck.fitted is jointly, but the FM of version {self.version} has {has} instead of this bottleneck"
+            f" of {layers}; run `loopfm train-fm` with the same config, or set fitted to after"
+        )
+
 
 def save_fm(
     trained: TrainedFm,
@@ -176,6 +194,35 @@ def _read_joint(directory: Path, fm: FoundationModel) -> JointBottleneck | None:
         ) from error
     load_weights(bottleneck, directory / BOTTLENECK_WEIGHTS)
     return JointBottleneck(bottleneck, layers)
+
+
+def adopt_weights(model: FoundationModel, parent: FoundationModel) -> None:
+    """Begin with the weights of `parent`, an FM of the same shape that knew fewer ids; new ids keep their fresh rows.
+
+    Ids are given in the order in which keys are first seen, so those of the parent are the first ones of each field.
+
+    Raises:
+        StoreError: the FMs differ in more than the ids that they know.
+    """
+    old = dict(parent.named_modules())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            source = old.get(name)
+            if isinstance(module, FieldEmbeddings):
+                if not isinstance(source, FieldEmbeddings) or not module.adopt(source):
+                    raise StoreError(
+                        f"the FM to begin with does not fit: its tables {name!r} have other fields, another width or more"
+                        " ids; give one of the same config that was trained until an earlier time"
+                    )
+                continue
+            for part, value in module.named_parameters(recurse=False):
+                given = getattr(source, part, None)
+                if not isinstance(given, Tensor) or given.shape != value.shape:
+                    raise StoreError(
+                        f"the FM to begin with does not fit in {name}.{part}, expected {list(value.shape)}; give one of"
+                        " the same config"
+                    )
+                value.copy_(given)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -234,6 +234,35 @@ def test_an_fm_without_this_bottleneck_is_an_error(ray, run, trained, settings, 
     assert not run("one", JOINT).config.paths.snapshot(0).exists()
 
 
+def test_a_later_fm_goes_on_with_the_bottleneck_of_the_one_before(ray, run, monkeypatch):
+    first, plain = run("first", JOINT), run("plain", AFTER)
+    for context in (first, plain):
+        stages.run_train_fm(context)
+    begun = {}
+
+    def begin(task, worker):
+        begun.update(task.model.state_dict())
+        raise KilledError
+
+    monkeypatch.setattr(job, "train", begin)
+    paths = run("second", JOINT).config.paths
+
+    def train_from(parent):
+        splits = stages.splits_of(first.config)
+        config, max_len = first.config.fm, first.config.data.past.max_len
+        settings = job.FmSettings(config, splits, max_len, 0, "", parent.config.paths.fm(0))
+        job.train_fm(paths.prepared, paths.fm(0), paths.work, paths.checkpoints("fm"), settings)
+
+    with pytest.raises(JobError):
+        train_from(first)
+    for part in ("fm", "bottleneck"):
+        own = {name: value for name, value in begun.items() if name.startswith(f"{part}.")}
+        saved = weights(first.config.paths.fm(0), f"{part}.safetensors")
+        assert_same_bits(own, {f"{part}.{name}": value for name, value in saved.items()})
+    with pytest.raises(StoreError, match="has none instead of this bottleneck"):
+        train_from(plain)
+
+
 def test_a_damaged_bottleneck_is_an_error(ray, run):
     context = run("one", JOINT)
     stages.run_train_fm(context)

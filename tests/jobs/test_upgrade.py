@@ -94,7 +94,7 @@ def runs(tmp_path):
 
 
 def scores(predictor):
-    return [scored.probs.tolist() for scored in predictor.score_many(QUERIES)]
+    return [scored.probs.tolist() for scored in map(predictor.score, QUERIES)]
 
 
 def histories(store, keys):

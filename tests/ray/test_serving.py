@@ -3,6 +3,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,25 @@ from loopfm_ray.jobs.serving import (
     start,
     stop,
 )
+from loopfm_ray.metrics.calibration import PlattScaling
+from loopfm_ray.serving.bundle import load_bundle, save_bundle
 from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.parity import ask_service, check_parity, load_offline
 from loopfm_ray.serving.predictor import Predictor, load_predictor
+from loopfm_ray.serving.rollout import (
+    Rollout,
+    Rollouts,
+    Served,
+    promote,
+    rollback,
+    write_rollouts,
+)
 from loopfm_ray.store.publish import load_memory, publish
 from loopfm_ray.types import MICROS_PER_DAY
 from serve.app import build_app as app_of_args
 from tests.serving.world import STOP, make_world, write_latents
 
+NAME = "vm_loopfm"
 ROOT = Path(__file__).parents[2]
 
 
@@ -82,18 +94,21 @@ def test_served_scores_over_http_equal_offline_scores(url, world):
 def test_service_is_ready_and_says_what_it_serves(url, world):
     assert call(url, "/healthz") == (200, {"status": "alive"})
     assert call(url, "/readyz") == (200, {"status": "ready"})
-    status, body = call(url, "/v1/model")
+    status, body = call(url, f"/v1/models/{NAME}")
     assert status == 200
-    assert body["model"]["name"] == "vm_loopfm"
-    assert body["features"]["version"] == world.spec.history.latents_version
+    found = body["variants"]["stable"]
+    assert found["model"]["name"] == NAME
+    assert found["features"]["version"] == world.spec.history.latents_version
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_bad_requests_are_problems_over_http_too(url):
-    status, problem = call(url, "/v1/score", {"user": "u1", "items": []})
+    status, problem = call(url, f"/v1/models/{NAME}:score", {"user": "u1", "items": []})
     assert (status, problem["errors"][0]["field"]) == (422, "items")
-    status, problem = call(url, "/v1/score", {"user": "u1", "items": ["i1"], "context": {"x": 1}})
+    status, problem = call(
+        url, f"/v1/models/{NAME}:score", {"user": "u1", "items": ["i1"], "context": {"x": 1}}
+    )
     assert status == 422
     assert "'x'" in problem["detail"]
     assert call(url, "/nowhere")[0] == 404
@@ -106,7 +121,7 @@ def test_another_bundle_behind_the_address_is_noticed(url, world):
     prepared = PreparedData.open(world.prepared)
     offline = load_offline(bundle, prepared, world.joined, num_requests=1)
     with pytest.raises(BundleError, match="expected other"):
-        list(ask_service(url, [offline.replays[0].query], "other"))
+        list(ask_service(url, [offline.replays[0].query], NAME, "other"))
 
 
 @pytest.mark.ray
@@ -121,7 +136,7 @@ def test_a_store_without_the_space_of_the_bundle_is_not_served(url, world, tmp_p
         serve.run(app, name="other", route_prefix="/other")
     status = serve.status().applications["other"]
     text = status.message + status.deployments[DEPLOYMENT_NAME].message
-    assert "StoreError" in text
+    assert "BundleError" in text
     assert "holds no space" in text
     serve.delete("other")
     # the application that was there before still serves
@@ -134,7 +149,8 @@ def test_a_store_without_the_space_of_the_bundle_is_not_served(url, world, tmp_p
 def test_a_running_service_reads_what_is_published_later(url, world, tmp_path):
     prepared = PreparedData.open(world.prepared)
     before = world.spec.history.latents_version
-    assert call(url, "/v1/model")[1]["features"]["version"] == before
+    described = call(url, f"/v1/models/{NAME}")[1]
+    assert described["variants"]["stable"]["features"]["version"] == before
     write_latents(prepared, tmp_path / "latents", stop_ts=STOP - 5 * MICROS_PER_DAY)
     other = publish(tmp_path / "latents", prepared.users.keys, world.online)
     store = load_memory(tmp_path / "latents", prepared.users.keys)
@@ -147,12 +163,78 @@ def test_a_running_service_reads_what_is_published_later(url, world, tmp_path):
     seen = before
     while seen == before:
         assert time.monotonic() < deadline, "the service never read the newer version"
-        answer = call(url, "/v1/score", body)[1]
+        answer = call(url, f"/v1/models/{NAME}:score", body)[1]
         seen = answer["features"]["version"]
     assert seen == other
     want = predictor.score(ScoreQuery(query.user, STOP, query.items, query.context)).probs
     assert answer["scores"] == want.tolist()
     publish(world.latents, prepared.users.keys, world.online)  # and back, for the tests beside this
+
+
+def other_bundle(world, folder):
+    loaded = load_bundle(world.bundle)
+    spec = replace(loaded.spec, calibration=PlattScaling(0.4, 0.9))
+    save_bundle(folder, spec, loaded.model, PreparedData.open(world.prepared), {"of": "other"})
+    return Served(bundle=str(folder), online=str(world.online))
+
+
+def ask_until(url, version, seen):
+    """Ask until this version answers; every answer on the way has to be whole."""
+    body = {
+        "user": "u1",
+        "items": ["i1"],
+        "context": {"past_count_item": 0, "past_recency_item": 0},
+    }
+    deadline = time.monotonic() + 60
+    while seen[-1:] != [version]:
+        assert time.monotonic() < deadline, f"{version} never answered, {set(seen)} did"
+        status, answer = call(url, "/v1/models/vm:score", body)
+        assert status == 200, answer
+        seen.append(answer["model"]["version"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_running_replicas_follow_the_rollout_file_and_the_deployment_file(url, world, tmp_path):
+    """A bundle is promoted, rolled back, and one that can not be loaded is refused; no request fails."""
+    one, two = (
+        Served(bundle=str(world.bundle), online=str(world.online)),
+        other_bundle(world, tmp_path / "b"),
+    )
+    versions = [load_bundle(Path(served.bundle)).version for served in (one, two)]
+    file, seen = tmp_path / "rollouts.json", []
+    state = promote(Rollouts(), "vm", one)
+    write_rollouts(file, state)
+    config = ServeConfig(rollouts=str(file), reload_s=0.2)
+    serve.run(build_app(config), name="rolled", route_prefix="/rolled")
+    ask_until(f"{url}/rolled", versions[0], seen)
+    state = promote(state, "vm", two)
+    write_rollouts(file, state)
+    ask_until(f"{url}/rolled", versions[1], seen)
+    state = promote(state, "vm", Served(bundle=str(tmp_path / "nowhere")))
+    write_rollouts(file, state)
+    deadline = time.monotonic() + 60
+    while not (problem := call(f"{url}/rolled", "/v1/models/vm")[1]["problem"]):
+        assert time.monotonic() < deadline
+    assert "nowhere" in problem
+    ask_until(f"{url}/rolled", versions[1], seen)
+    write_rollouts(file, rollback(rollback(state, "vm"), "vm"))
+    ask_until(f"{url}/rolled", versions[0], seen)
+    serve.delete("rolled")
+
+    def deploy(served):
+        models = {"vm": Rollout(stable=served)}
+        serve.run(build_app(ServeConfig(models=models)), name="filed", route_prefix="/filed")
+
+    deploy(one)
+    ask_until(f"{url}/filed", versions[0], seen)
+    (replica,) = (
+        serve.status().applications["filed"].deployments[DEPLOYMENT_NAME].replica_states.items()
+    )
+    deploy(two)
+    ask_until(f"{url}/filed", versions[1], seen)
+    assert replica == ("RUNNING", 1)
+    serve.delete("filed")
 
 
 class FailsOnce:
@@ -199,6 +281,19 @@ def test_the_service_listens_on_loopback_by_default():
     assert ServeConfig(bundle="b").host == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"bundle": "b", "rollouts": "r"},
+        {"rollouts": "r", "models": {"vm": {"stable": {"bundle": "b"}}}},
+    ],
+)
+def test_what_is_served_is_named_once(given):
+    with pytest.raises(ValueError, match="give one of bundle, rollouts and models"):
+        ServeConfig.model_validate(given)
+
+
 @pytest.mark.parametrize("change", ["port=-1", "num_replicas=0", "max_ongoing_requests=0", "x=1"])
 def test_a_wrong_setting_is_refused(change):
     with pytest.raises(ConfigError):
@@ -215,4 +310,4 @@ def test_deployment_files_hold_valid_arguments():
         for app in tree["applications"]:
             assert app["import_path"] == "serve.app:build_app"
             config = ServeConfig.model_validate(app["args"])
-            assert yaml.safe_load(dump_yaml(config))["bundle"] == config.bundle
+            assert ServeConfig.model_validate(yaml.safe_load(dump_yaml(config))) == config

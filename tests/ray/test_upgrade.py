@@ -1,13 +1,16 @@
 """Two snapshots in one online store, end to end: train, upgrade beside, move the VM, retire the old space."""
 
+import json
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loopfm_ray.config import load_config
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, StoreError
-from loopfm_ray.experiments import PipelineConfig, RayConfig
+from loopfm_ray.experiments import PipelineConfig, RayConfig, RefreshConfig
 from loopfm_ray.jobs.cluster import connect
 from loopfm_ray.jobs.context import splits_of
 from loopfm_ray.jobs.pipeline import run_stages
@@ -16,6 +19,7 @@ from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.parity import check_parity, load_offline
 from loopfm_ray.serving.predictor import Predictor, load_predictor
 from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.target import live_spaces, open_current, retire
 
 SYNTHETIC = Path(__file__).parents[2] / "configs/pipeline/synthetic.yaml"
@@ -54,7 +58,7 @@ def requests_of(config, bundle):
 
 def scores(predictor, offline):
     queries = [replay.query for replay in offline.replays]
-    return [scored.probs.tolist() for scored in predictor.score_many(queries)]
+    return [scored.probs.tolist() for scored in map(predictor.score, queries)]
 
 
 @pytest.mark.ray
@@ -105,3 +109,49 @@ def test_an_fm_is_upgraded_without_breaking_the_vm_that_serves(tmp_path):
         load_predictor(old.paths.bundle, old.online_target)
     with pytest.raises(StoreError, match="is the last live one"):
         retire(old.online_target, result["space"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+def test_snapshots_that_take_over_one_after_another_make_one_history(tmp_path):
+    """From each refresh on events are embedded by the newer FM; the run goes on to a trained VM, and is not done again."""
+    config = settings(tmp_path, "refreshed", "2024-01-29")
+    refresh = RefreshConfig(at=("2024-02-08", "2024-02-15"), align="linear")
+    config = config.model_copy(update={"fm": config.fm.model_copy(update={"refresh": refresh})})
+    with connect(RayConfig()):
+        run(config, "prepare", "train-fm", "compress", "materialize", "join", "audit", "train-vm")
+        parts = [config.paths.generation(0, number, "latents") for number in (0, 1, 2)]
+        base, *newer = [rows_of(part) for part in parts]
+        found = rows_of(config.paths.latents(0))
+        moments = [0, *refresh.at_ts, 2**62]
+        assert list(found["example_id"]) == list(base["example_id"])
+        changed = found["code"] != base["code"]
+        assert not changed[found["event_ts"] < moments[1]].any()
+        for start, stop in pairwise(moments[1:]):
+            assert changed[(found["event_ts"] >= start) & (found["event_ts"] < stop)].mean() > 0.5
+        for start, rows in zip(moments[1:], newer, strict=False):
+            assert rows["event_ts"].min() >= start
+        told = json.loads((config.paths.records / "refresh-0.json").read_text())
+        assert [item["from_ts"] for item in told["generations"]] == list(refresh.at_ts)
+        for item in told["generations"]:
+            # a warm start keeps the space near, and the map brings it nearer
+            assert 0 < item["space"]["displacement"] < 1
+            assert item["explained"]["linear"] > item["explained"]["none"] > 0
+        before = [read_manifest(part).created_at for part in (*parts, config.paths.latents(0))]
+        run(config, "materialize")
+        assert before == [
+            read_manifest(part).created_at for part in (*parts, config.paths.latents(0))
+        ]
+
+
+def rows_of(location):
+    reader = LatentsReader(location)
+    tables = [reader.read_bucket(bucket) for bucket in reader.buckets]
+    names = ("example_id", "event_ts", "code")
+    return {
+        name: np.concatenate(
+            [table.column(name).to_numpy(zero_copy_only=False) for table in tables]
+        )
+        for name in names
+    }

@@ -36,7 +36,7 @@ def versions(world, tmp_path_factory):
         path = root / str(days)
         write_latents(prepared, path, stop_ts=STOP - days * MICROS_PER_DAY)
         store = load_memory(path, prepared.users.keys)
-        scores = [scored.probs for scored in Predictor(bundle, store).score_many(QUERIES)]
+        scores = [scored.probs for scored in map(Predictor(bundle, store).score, QUERIES)]
         found.append((path, store.version, scores))
     for (_, _, one), (_, _, two) in itertools.pairwise(found):
         differ = [not np.array_equal(a, b) for a, b in zip(one, two, strict=True)]

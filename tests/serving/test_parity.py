@@ -116,7 +116,7 @@ def test_an_address_without_a_service_is_a_job_error(world, prepared, url):
     bundle = load_bundle(world.bundle)
     offline = load_offline(bundle, prepared, world.joined, num_requests=1)
     with pytest.raises(JobError):
-        list(ask_service(url, [offline.replays[0].query], bundle.version))
+        list(ask_service(url, [offline.replays[0].query], bundle.spec.name, bundle.version))
 
 
 def test_publishing_the_same_version_twice_keeps_parity(world, prepared):

@@ -8,13 +8,16 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loopfm_ray.serving.predictor as module
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.serving.api import create_api
 from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.contract import RequestError, ScoreQuery
-from loopfm_ray.serving.features import FeatureBuilder, read_history
+from loopfm_ray.serving.features import FeatureBuilder, read_histories
 from loopfm_ray.serving.predictor import Predictor, load_predictor
+from loopfm_ray.serving.rollout import Rollout, Rollouts, Served
+from loopfm_ray.serving.service import Service
 from loopfm_ray.store.codes import decode
 from loopfm_ray.store.online import MemoryStore, UserHistory
 from loopfm_ray.store.publish import load_memory, publish
@@ -23,6 +26,11 @@ from tests.serving.world import CODE, FM_STOP, MAX_LEN, STOP, write_latents
 
 TS = STOP - MICROS_PER_DAY
 PAST = {"past_count_item": 0.0, "past_recency_item": 0.5}
+
+
+def read_history(found, pin, ts):
+    _, (read,) = read_histories([found], pin, [ts], [4])
+    return read
 
 
 def query(items=("i1", "i2", "i3"), user="u1", ts=TS, **context):
@@ -65,6 +73,49 @@ def test_order_of_items_is_the_order_of_scores(predictor):
     np.testing.assert_allclose(forward, alone, atol=1e-7)
 
 
+MANY = [
+    query(["i1", "new", "i3"], "u1"),
+    query(["i2"], "nobody", tags=["t1"]),
+    query([f"i{n}" for n in range(40)], "u3", TS - 3 * MICROS_PER_DAY, shown=3.5, device="phone"),
+    query(["i4", "i4"], "u1", FM_STOP + 8 * MICROS_PER_DAY),
+    query(["i5"], "u2", tags=["t1", "t2", "t3"], shown=[0.5]),
+]
+
+
+def test_many_queries_in_one_pass_score_as_each_alone(bundle, store):
+    """Other users, times, context, sequences of other lengths: nothing of one query shows in another."""
+    together, alone = Predictor(bundle, store), Predictor(bundle, store)
+    found = together.score_many(MANY)
+    for scored, one in zip(found, map(alone.score, MANY), strict=True):
+        np.testing.assert_allclose(scored.probs, one.probs, atol=1e-6)
+        assert replace(scored, probs=0) == replace(one, probs=0)
+    assert together.counters == alone.counters
+    assert len({scored.history.length for scored in found}) > 2
+    assert together.score_many([]) == []
+
+
+def test_more_rows_than_one_pass_takes_are_cut_between_queries(bundle, store, monkeypatch):
+    whole = Predictor(bundle, store).score_many(MANY)
+    passes = []
+    real = module.score_probs
+    monkeypatch.setattr(module, "score_probs", lambda b, x: passes.append(len(x)) or real(b, x))
+    monkeypatch.setattr(module, "_MAX_ROWS", 5)
+    cut = Predictor(bundle, store).score_many(MANY)
+    assert passes == [4, 40, 3]
+    for scored, one in zip(cut, whole, strict=True):
+        np.testing.assert_allclose(scored.probs, one.probs, atol=1e-6)
+
+
+def test_a_wrong_query_among_many_is_named_and_none_is_answered(bundle, store, monkeypatch):
+    predictor = Predictor(bundle, store)
+    for rows in (5, 8192):
+        monkeypatch.setattr(module, "_MAX_ROWS", rows)
+        with pytest.raises(RequestError, match="colour") as caught:
+            predictor.score_many([*MANY, query(colour="red"), query()])
+        assert caught.value.index == len(MANY)
+    assert (predictor.counters.refused, predictor.counters.requests) == (2, 0)
+
+
 def test_unknown_items_share_one_default_and_are_counted(predictor):
     scored = predictor.score(query(["new-1", "i1", "new-2", "new-1"]))
     assert scored.features.num_unknown_items == 3
@@ -103,12 +154,12 @@ def test_an_event_at_request_time_is_not_visible(bundle):
     codes = np.arange(3 * CODE.num_bytes, dtype=np.uint8).reshape(3, -1)
     ts = np.asarray([TS - 5, TS - 1, TS], dtype=np.int64)
     found = UserHistory(ts, ts, codes, True)
-    read = read_history(found, bundle.spec.history, TS, 4)
+    history, (read,) = read_histories([found], bundle.spec.history, [TS], [4])
     assert read.length == 2
     assert read.age_s == pytest.approx(1e-6)
-    np.testing.assert_array_equal(read.history.latents[0].numpy(), decode(codes[:2], CODE))
+    np.testing.assert_array_equal(history.latents[0].numpy(), decode(codes[:2], CODE))
     late = UserHistory(ts, ts + 3, codes, True)
-    assert read_history(late, bundle.spec.history, TS, 4).length == 1
+    assert read_history(late, bundle.spec.history, TS).length == 1
 
 
 def test_a_history_cut_in_the_store_is_degraded_only_when_it_is_too_short(bundle):
@@ -117,12 +168,12 @@ def test_a_history_cut_in_the_store_is_degraded_only_when_it_is_too_short(bundle
         return UserHistory(ts, ts, np.zeros((size, CODE.num_bytes), np.uint8), is_complete)
 
     pin = bundle.spec.history
-    assert read_history(found(3, False), pin, TS, 1).reason == "cut_in_store"
-    assert read_history(found(MAX_LEN, False), pin, TS, 1).reason is None
+    assert read_history(found(3, False), pin, TS).reason == "cut_in_store"
+    assert read_history(found(MAX_LEN, False), pin, TS).reason is None
     # what was left out is older than what the model reads
-    assert read_history(found(3, False), pin, TS - 2 + pin.retention_us, 1).reason is None
-    assert read_history(found(3, False), pin, TS - 3 + pin.retention_us, 1).reason == "cut_in_store"
-    assert read_history(found(3, True), pin, TS, 1).reason is None
+    assert read_history(found(3, False), pin, TS - 2 + pin.retention_us).reason is None
+    assert read_history(found(3, False), pin, TS - 3 + pin.retention_us).reason == "cut_in_store"
+    assert read_history(found(3, True), pin, TS).reason is None
 
 
 def test_a_failing_store_degrades_and_is_counted(bundle, store):
@@ -253,7 +304,7 @@ def test_describe_names_versions_fields_and_limits(predictor, bundle):
 
 
 def test_builder_gives_one_row_per_item_and_no_label(bundle):
-    batch = FeatureBuilder(bundle).build(query()).batch
+    batch, _ = FeatureBuilder(bundle).build([query()])
     assert batch.ids.shape == (3, len(bundle.spec.schema.categorical))
     assert batch.label.sum() == 0
 
@@ -261,7 +312,9 @@ def test_builder_gives_one_row_per_item_and_no_label(bundle):
 @pytest.fixture(scope="module")
 def client(world, bundle):
     store = load_memory(world.latents, PreparedData.open(world.prepared).users.keys)
-    return TestClient(create_api(Predictor(bundle, store), clock=lambda: TS))
+    service = Service(lambda served: Predictor(bundle, store))
+    service.apply(Rollouts(models={"vm": Rollout(stable=Served(bundle="any"))}))
+    return TestClient(create_api(service, clock=lambda: TS))
 
 
 VALUES = (
@@ -285,7 +338,7 @@ def test_no_request_makes_the_predictor_fail(client, user, items, context, ts, h
     if ts is not None:
         body["request_ts"] = ts
     text = json.dumps(body)
-    response = client.post("/v1/score", content=text)
+    response = client.post("/v1/models/vm:score", content=text)
     assert response.status_code in (200, 400, 422), response.text
     if response.status_code == 200:
         scores = response.json()["scores"]

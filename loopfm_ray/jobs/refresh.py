@@ -1,0 +1,348 @@
+"""Latents of several FM snapshots in one version: each event is embedded by the newest one that was trained before it.
+
+The first snapshot embeds everything; its version gives the teacher predictions, the codes and the space. From the moment of
+each refresh on, the latents of the newer snapshot take the place of its own, mapped into its space if `fm.refresh.align`
+says so, and stored in its codes. `records/refresh.json` tells how far each space is from the first, on events before the
+refresh that both embedded for the purpose.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loopfm_ray.analysis.alignment import ALIGNMENTS, Alignment
+from loopfm_ray.analysis.drift import fit_alignments, measure_drift
+from loopfm_ray.config import config_hash
+from loopfm_ray.data.split import Splits, format_ts
+from loopfm_ray.errors import ConfigError
+from loopfm_ray.experiments import PipelineConfig, RefreshConfig
+from loopfm_ray.jobs.compress import CompressTask, compress, compress_inputs, event_embeddings
+from loopfm_ray.jobs.context import Context, splits_of
+from loopfm_ray.jobs.materialize import Scope, materialize
+from loopfm_ray.jobs.train_fm import FmSettings, fm_inputs, train_fm
+from loopfm_ray.store.codes import CodeSpec, decode
+from loopfm_ray.store.filesystem import Location, absolute, remove_tree
+from loopfm_ray.store.manifest import Manifest, code_version, read_manifest
+from loopfm_ray.store.offline import LatentsWriter
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.shards import Place
+from loopfm_ray.store.space import Space
+from loopfm_ray.store.tables import code_bytes, write_text
+from loopfm_ray.train.snapshot import load_snapshot
+from loopfm_ray.types import TimeRange
+
+__all__ = ["SpliceTask", "check_refresh", "refreshed_latents", "splice_bucket"]
+
+_PROBE_ROWS = 65_536
+_HELD_OUT = 5
+_COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event", "fm_prob")
+
+Json = dict[str, Any]  # Any: JSON
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """One snapshot and what it embedded."""
+
+    from_ts: int
+    """Its first event."""
+    fm: Location
+    snapshot: Location
+    latents: Location
+
+
+@dataclass(frozen=True)
+class _Newer:
+    """The latents that take over from a moment on."""
+
+    from_ts: int
+    latents: Location
+    align: Alignment
+
+
+@dataclass(frozen=True)
+class SpliceTask:
+    """One bucket of a version that is put together."""
+
+    base: Location
+    newer: tuple[_Newer, ...]
+    """In the order of their moments."""
+    writer: LatentsWriter
+    bucket: int
+    periods: tuple[int, ...]
+
+
+def check_refresh(refresh: RefreshConfig, splits: Splits) -> None:
+    """Make sure that every refresh lies inside the time that is embedded, with room to learn and to validate.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    first, stop = splits.fm.stop_ts, splits.test.stop_ts
+    if refresh.at_ts[0] <= first or refresh.at_ts[-1] >= stop:
+        raise ConfigError(
+            f"fm.refresh.at must lie between data.split.fm_stop ({format_ts(first)}) and the end of the test window"
+            f" ({format_ts(stop)}), found {[format_ts(ts) for ts in refresh.at_ts]}"
+        )
+    valid_us = splits.fm_valid.stop_ts - splits.fm_valid.start_ts
+    gaps = np.diff([first, *refresh.at_ts])
+    if refresh.warm_start and gaps.min() <= valid_us:
+        raise ConfigError(
+            f"the refreshes of fm.refresh.at are {gaps.min() / 1e6:.0f} s apart, data.split.valid_s takes"
+            f" {valid_us / 1e6:.0f} s of each: nothing is left to learn from; refresh less often, or set warm_start to false"
+        )
+
+
+def refreshed_latents(context: Context, seed: int) -> Manifest:
+    """Train and compress the later snapshots, embed with each, and write the latents of all as one version.
+
+    What is there already is kept, stage by stage; a killed run goes on.
+
+    Raises:
+        ConfigError: a refresh does not fit the log or the split.
+        LoopFMError: what a worker raised.
+        JobError: the workers failed otherwise.
+    """
+    config = context.config
+    refresh, splits = config.fm.refresh, splits_of(config)
+    if refresh is None:
+        raise ConfigError("fm.refresh is null: there are no later snapshots")
+    check_refresh(refresh, splits)
+    paths = config.paths
+    first = _Generation(
+        splits.fm.stop_ts,
+        paths.fm(seed),
+        paths.snapshot(seed),
+        paths.generation(seed, 0, "latents"),
+    )
+    generations = [first]
+    for number, from_ts in enumerate(refresh.at_ts, 1):
+        places = [paths.generation(seed, number, part) for part in ("fm", "snapshot", "latents")]
+        one = _Generation(from_ts, *places)
+        _make(context, seed, one, generations[-1], splits)
+        generations.append(one)
+    for one in generations:
+        _embed(context, seed, one)
+    return _splice(context, seed, generations, splits)
+
+
+def _make(
+    context: Context, seed: int, one: _Generation, before: _Generation, splits: Splits
+) -> None:
+    """Train and compress one later snapshot, unless it is there."""
+    config, refresh = context.config, context.config.fm.refresh
+    is_warm = refresh is not None and refresh.warm_start
+    windows = _windows(splits, before.from_ts if is_warm else splits.fm.start_ts, one.from_ts)
+    parent_fm, parent = (before.fm, before.snapshot) if is_warm else (None, None)
+    prepared = absolute(config.paths.prepared)
+    settings = config_hash(*config.fm.learnt, asdict(windows), config.data.past.max_len, seed)
+    inputs = fm_inputs(prepared, parent_fm)
+    if context.find(one.fm, settings, inputs) is None:
+        key = f"refresh-{seed}-{config_hash(settings, inputs, code_version())}"
+        work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
+        train_fm(
+            prepared,
+            one.fm,
+            work,
+            checkpoints,
+            FmSettings(
+                config.fm,
+                windows,
+                config.data.past.max_len,
+                seed,
+                settings,
+                None if parent_fm is None else absolute(parent_fm),
+            ),
+            context.progress,
+        )
+        for leftover in (work, checkpoints):
+            remove_tree(leftover)
+        context.share(one.fm)
+    stage = config.fm
+    kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)
+    settings = config_hash(*kept, asdict(windows), seed)
+    inputs = compress_inputs(prepared, one.fm, parent)
+    if context.find(one.snapshot, settings, inputs) is None:
+        task = CompressTask(
+            prepared,
+            absolute(one.fm),
+            absolute(one.snapshot),
+            stage,
+            windows,
+            seed,
+            settings,
+            None if parent is None else absolute(parent),
+        )
+        list(context.mapper("compress")(compress, [task]))
+        context.share(one.snapshot)
+
+
+def _windows(splits: Splits, start_ts: int, stop_ts: int) -> Splits:
+    """Return the windows of an FM that learns from `start_ts` to `stop_ts`."""
+    valid_us = splits.fm_valid.stop_ts - splits.fm_valid.start_ts
+    return replace(
+        splits,
+        fm=TimeRange(start_ts, stop_ts),
+        fm_train=TimeRange(start_ts, stop_ts - valid_us),
+        fm_valid=TimeRange(stop_ts - valid_us, stop_ts),
+    )
+
+
+def _embed(context: Context, seed: int, one: _Generation) -> None:
+    config = context.config
+    materialize(
+        config.paths.prepared,
+        one.snapshot,
+        one.latents,
+        delay_us=config.history.delay_us,
+        num_workers=config.ray.parallel_tasks,
+        progress=context.progress,
+        scope=Scope(
+            keep_us=config.history.keep_us,
+            is_fresh=context.fresh,
+            scratch=config.scratch(seed),
+            is_scratch_shared=config.scratch_dir is not None,
+        ),
+    )
+
+
+def _splice(
+    context: Context, seed: int, generations: Sequence[_Generation], splits: Splits
+) -> Manifest:
+    config, first = context.config, generations[0]
+    base = read_manifest(first.latents)
+    space = Space.of_meta(base.meta)
+    contents = [read_manifest(one.latents).content for one in generations]
+    snapshots = [read_manifest(one.snapshot).meta["snapshot_id"] for one in generations]
+    moments = [one.from_ts for one in generations]
+    align = "none" if config.fm.refresh is None else config.fm.refresh.align
+    writer = LatentsWriter(
+        final_dir=absolute(config.paths.latents(seed)),
+        snapshot_id=config_hash(snapshots, moments, align),
+        trained_until_ts=base.meta["trained_until_ts"],
+        spec=space.code_spec,
+        delay_us=space.delay_us,
+        waits_for_label=space.waits_for_label,
+        inputs={
+            "prepared": read_manifest(config.paths.prepared).version,
+            **{f"latents_{number}": content for number, content in enumerate(contents)},
+        },
+        scratch=config.scratch(seed),
+        period_us=base.meta["period_us"],
+        period_origin_ts=base.meta["period_origin_ts"],
+    )
+    reader = LatentsReader(first.latents)
+    places: list[Place] = sorted(reader.shards)
+    finished = writer.begin(places)
+    if finished is not None:
+        return finished
+    newer, record = _maps(config, seed, generations, splits)
+    tasks = [
+        SpliceTask(
+            absolute(first.latents),
+            tuple(newer),
+            writer,
+            bucket,
+            tuple(period for period, other in places if other == bucket),
+        )
+        for bucket in reader.buckets
+    ]
+    list(context.mapper("materialize", writes=True)(splice_bucket, tasks))
+    write_text(config.paths.records / f"refresh-{seed}.json", json.dumps(record, indent=1))
+    return writer.finish(
+        places,
+        watermark_ts=base.meta["watermark_ts"],
+        kept_from_ts=base.meta["kept_from_ts"],
+        replace_other=True,
+    )
+
+
+def _maps(
+    config: PipelineConfig, seed: int, generations: Sequence[_Generation], splits: Splits
+) -> tuple[list[_Newer], Json]:
+    """Return what takes over when, and how far each space is from the first."""
+    chosen = "none" if config.fm.refresh is None else config.fm.refresh.align
+    newer: list[_Newer] = []
+    told: list[Json] = []
+    for one in generations[1:]:
+        windows = _windows(splits, splits.fm.start_ts, one.from_ts)
+        old, new = (_probe(config, seed, each, windows) for each in (generations[0], one))
+        # every fifth event measures the maps: the events of a user say nothing of the map that others do not
+        is_held_out = np.arange(len(old)) % _HELD_OUT == 0
+        maps = fit_alignments(new, old, is_held_out)
+        newer.append(_Newer(one.from_ts, absolute(one.latents), maps[chosen][0]))
+        told.append(
+            {
+                "from_ts": one.from_ts,
+                "num_events": len(old),
+                "space": asdict(measure_drift(new, old)),
+                "explained": {kind: maps[kind][1] for kind in ALIGNMENTS},
+            }
+        )
+    return newer, {"align": chosen, "generations": told}
+
+
+def _probe(
+    config: PipelineConfig, seed: int, one: _Generation, windows: Splits
+) -> NDArray[np.float64]:
+    """Return the latents of the newest events of a window by one snapshot."""
+    stage = config.fm.model_copy(update={"bottleneck_rows": _PROBE_ROWS})
+    task = CompressTask(
+        absolute(config.paths.prepared),
+        absolute(one.fm),
+        absolute(one.snapshot),
+        stage,
+        windows,
+        seed,
+        "",
+    )
+    bottleneck = load_snapshot(one.snapshot).bottleneck
+    with torch.no_grad():
+        parts = [bottleneck.encode(chunk.embedding).numpy() for chunk in event_embeddings(task)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def splice_bucket(task: SpliceTask) -> int:
+    """Write the shards of one bucket: the first snapshot's, with the latents of later ones from their moments on.
+
+    Returns:
+        how many events a later snapshot embedded.
+    """
+    base = LatentsReader(task.base)
+    others = [LatentsReader(one.latents) for one in task.newer]
+    num_replaced = 0
+    for period in task.periods:
+        if task.writer.completed(period, task.bucket) is not None:
+            continue
+        table = base.read_bucket(task.bucket, columns=[*_COLUMNS, "code"], periods=[period])
+        rows = {name: table.column(name).to_numpy() for name in _COLUMNS}
+        latents = decode(code_bytes(table.column("code")), base.spec)
+        generation = np.searchsorted([one.from_ts for one in task.newer], rows["event_ts"], "right")
+        for number in np.unique(generation[generation > 0]):
+            mine = np.flatnonzero(generation == number)
+            reader, align = others[number - 1], task.newer[number - 1].align
+            latents[mine] = align(
+                _latents_of(reader, task.bucket, period, rows["example_id"][mine])
+            )
+            num_replaced += len(mine)
+        task.writer.write(period, task.bucket, rows, latents)
+    return num_replaced
+
+
+def _latents_of(
+    reader: LatentsReader, bucket: int, period: int, example_id: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return [N, d] the latents of these examples of one shard."""
+    table = reader.read_bucket(bucket, columns=["example_id", "code"], periods=[period])
+    there = table.column("example_id").to_numpy()
+    order = np.argsort(there)
+    place = order[np.searchsorted(there, example_id, sorter=order).clip(max=len(there) - 1)]
+    if not np.array_equal(there[place], example_id):
+        raise AssertionError(f"period {period} of bucket {bucket} lacks events that both embed")
+    spec: CodeSpec = reader.spec
+    return decode(code_bytes(table.column("code"))[place], spec)
