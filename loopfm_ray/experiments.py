@@ -131,9 +131,22 @@ class FmStageConfig(Config):
     bits: Annotated[int, Field(ge=2, le=16)] = 4
     """Bits of each number of a stored latent: 2, 4, 8 or 16."""
     bottleneck_rows: PositiveInt = 200_000
-    """The newest rows of the FM's training window, on whose embeddings the bottleneck is fitted."""
+    """The newest rows of the FM's training window: on their embeddings the bottleneck is fitted and, on an eighth that it
+    does not see, its codes are chosen. Of one that is trained along with the FM, an eighth of so many rows of the
+    validation window choose the codes."""
     refresh: RefreshConfig | None = None
     """Later snapshots; null keeps one for all events, so that all latents lie in one space. The teacher stays the first one."""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the FM's training also trains the bottleneck."""
+        return self.bottleneck.fitted == "jointly"
+
+    @property
+    def learnt(self) -> tuple[Config | tuple[str, ...], ...]:
+        """What shapes the FM's training: a bottleneck only where it is trained along."""
+        along = (self.bottleneck, self.embedding_layers) if self.is_joint else ()
+        return (self.model, self.learning, *along)
 
 
 class FitNetsConfig(Config):

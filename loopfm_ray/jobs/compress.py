@@ -1,4 +1,4 @@
-"""Fit the bottleneck of a trained FM, choose its codes, measure the channel, and write the snapshot."""
+"""Fit the bottleneck of a trained FM, or take the one trained along, choose its codes, measure the channel, write the snapshot."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ from loopfm_ray.data.examples import Rows, iterate_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
 from loopfm_ray.data.windows import keep_known
+from loopfm_ray.errors import DataError
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.models.bottleneck import Bottleneck, build_bottleneck
 from loopfm_ray.models.channel import ChannelRows, channel_report
@@ -50,17 +51,22 @@ def compress(task: CompressTask) -> str:
     """Write the snapshot of `task` and return its id.
 
     The bottleneck is fitted on the newest history events of the FM's window, the codes are chosen on embeddings that it
-    did not see, and the channel is measured on the FM's validation rows.
+    did not see, and the channel is measured on the FM's validation rows. A bottleneck that was trained along with the FM
+    is taken as it is; it saw nothing of the FM's validation window, so the codes are chosen on events of that.
 
     Raises:
         ConfigError: the FM has no such layers, or they are narrower than the latent.
-        DataError: there are no events to fit on.
+        DataError: there are no events to fit on, or to choose the codes on.
+        StoreError: the bottleneck was to be trained along with the FM, and this FM has another one or none.
     """
     torch.set_num_threads(1)
     torch.manual_seed(task.seed)
     data, trained = PreparedData.open(task.prepared), load_fm(task.fm)
     rows = _Embeddings(task, data, trained)
-    bottleneck, code_spec = _fit(task, trained, list(rows.events()))
+    if task.config.is_joint:
+        bottleneck, code_spec = _take(task, trained, rows)
+    else:
+        bottleneck, code_spec = _fit(task, trained, list(rows.events(task.splits.fm)))
     channel = channel_report(bottleneck, rows.channel(), code_spec)
     layers = task.config.embedding_layers
     spec = SnapshotSpec.of(trained.spec, task.config.bottleneck, layers, code_spec)
@@ -87,7 +93,8 @@ def event_embeddings(task: CompressTask) -> Iterator[EmbeddingChunk]:
 
     They are those of about `bottleneck_rows` rows of the log, the same ones for every FM over the same log.
     """
-    return _Embeddings(task, PreparedData.open(task.prepared), load_fm(task.fm)).events()
+    rows = _Embeddings(task, PreparedData.open(task.prepared), load_fm(task.fm))
+    return rows.events(task.splits.fm)
 
 
 def _fit(
@@ -105,6 +112,20 @@ def _fit(
     return bottleneck, calibrate(bottleneck, unseen, config.bits)
 
 
+def _take(
+    task: CompressTask, trained: TrainedFm, rows: "_Embeddings"
+) -> tuple[Bottleneck, CodeSpec]:
+    config = task.config
+    bottleneck = trained.bottleneck(config.bottleneck, config.embedding_layers)
+    window = task.splits.fm_valid
+    unseen = [chunk.embedding for chunk in rows.events(window, _HELD_OUT_SHARE)]
+    if not unseen:
+        raise DataError(
+            f"codes are chosen on events of the FM's validation window {window}, found none; check the split"
+        )
+    return bottleneck, calibrate(bottleneck, torch.cat(unseen), config.bits)
+
+
 class _Embeddings:
     """The FM's embeddings of rows of its own window."""
 
@@ -120,11 +141,11 @@ class _Embeddings:
             dict.fromkeys([*self._collate.columns, "example_id", "label_ts", "is_event", "user"])
         )
 
-    def events(self) -> Iterator[EmbeddingChunk]:
-        """Yield the newest history events of the FM's window, about `bottleneck_rows` rows of the log long."""
-        window, config = self._task.splits.fm, self._task.config
+    def events(self, window: TimeRange, divisor: int = 1) -> Iterator[EmbeddingChunk]:
+        """Yield the newest history events of a window, about `bottleneck_rows / divisor` rows of the log long."""
+        config = self._task.config
         num_rows = self._data.examples.num_rows(window)
-        share = min(1.0, config.bottleneck_rows / max(num_rows, 1))
+        share = min(1.0, config.bottleneck_rows / divisor / max(num_rows, 1))
         start_ts = window.stop_ts - max(1, round((window.stop_ts - window.start_ts) * share))
         batches = (
             self._batch({name: values[rows["is_event"]] for name, values in rows.items()})

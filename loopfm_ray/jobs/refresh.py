@@ -140,8 +140,7 @@ def _make(
     windows = _windows(splits, before.from_ts if is_warm else splits.fm.start_ts, one.from_ts)
     parent_fm, parent = (before.fm, before.snapshot) if is_warm else (None, None)
     prepared = absolute(config.paths.prepared)
-    learnt = (config.fm.model, config.fm.learning)
-    settings = config_hash(*learnt, asdict(windows), config.data.past.max_len, seed)
+    settings = config_hash(*config.fm.learnt, asdict(windows), config.data.past.max_len, seed)
     inputs = fm_inputs(prepared, parent_fm)
     if context.find(one.fm, settings, inputs) is None:
         key = f"refresh-{seed}-{config_hash(settings, inputs, code_version())}"

@@ -81,8 +81,7 @@ def run_train_fm(context: Context) -> dict[str, Any]:
     splits = splits_of(config)
     for seed in config.seeds:
         path = config.paths.fm(seed)
-        learnt = (config.fm.model, config.fm.learning)
-        settings = config_hash(*learnt, asdict(splits), config.data.past.max_len, seed)
+        settings = config_hash(*config.fm.learnt, asdict(splits), config.data.past.max_len, seed)
         inputs = {"prepared": prepared.version}
         if context.find(path, settings, inputs) is None:
             key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
@@ -104,7 +103,7 @@ def run_train_fm(context: Context) -> dict[str, Any]:
 
 
 def run_compress(context: Context) -> dict[str, Any]:
-    """Fit the bottleneck of each seed's FM and write the snapshot."""
+    """Fit the bottleneck of each seed's FM, unless it was trained along with it, and write the snapshot."""
     config, stage = context.config, context.config.fm
     prepared, splits = needed(config.paths.prepared, "prepare"), splits_of(config)
     kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)

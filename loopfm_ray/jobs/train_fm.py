@@ -25,9 +25,17 @@ from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
 from loopfm_ray.models.foundation import build_fm
+from loopfm_ray.models.joint import build_joint
 from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.store.manifest import read_manifest
-from loopfm_ray.train.weights import FmSpec, TrainedFm, adopt_weights, load_fm, save_fm
+from loopfm_ray.train.weights import (
+    FmSpec,
+    JointBottleneck,
+    TrainedFm,
+    adopt_weights,
+    load_fm,
+    save_fm,
+)
 
 __all__ = ["FmJob", "FmSettings", "fm_inputs", "train_fm"]
 
@@ -169,10 +177,16 @@ def _worker(config: dict[str, Any]) -> None:
     item_fields = _item_fields(data) if job.config.model.has_history else ()
     schema = data.schema_as_of(job.splits.fm.stop_ts)
     model = build_fm(job.config.model, schema, item_fields)
+    bottleneck, layers = job.config.bottleneck, job.config.embedding_layers
+    joint = build_joint(model, bottleneck, layers) if job.config.is_joint else None
     if job.settings.parent is not None:
-        adopt_weights(model, load_fm(job.settings.parent).model)
+        parent = load_fm(job.settings.parent)
+        adopt_weights(model, parent.model)
+        if joint is not None:
+            old = parent.bottleneck(bottleneck, layers)
+            joint.bottleneck.load_state_dict(old.state_dict())
     task = Task(
-        model=model,
+        model=model if joint is None else joint,
         learning=job.config.learning,
         plan=job.plan,
         blocks=lambda _: keep_known(
@@ -199,7 +213,12 @@ def _worker(config: dict[str, Any]) -> None:
             fm=job.config.model,
         )
         save_fm(
-            TrainedFm(model, spec, record),
+            TrainedFm(
+                model,
+                spec,
+                record,
+                joint=None if joint is None else JointBottleneck(joint.bottleneck, layers),
+            ),
             job.out_dir,
             settings_hash=job.settings.config_hash,
             inputs=fm_inputs(job.prepared, job.settings.parent),

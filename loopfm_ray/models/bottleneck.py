@@ -11,21 +11,36 @@ from torch.nn import functional
 from loopfm_ray.config import Config
 from loopfm_ray.errors import ConfigError, DataError
 
-__all__ = ["Bottleneck", "BottleneckConfig", "Metric", "Rotation", "Rounding", "build_bottleneck"]
+__all__ = [
+    "Bottleneck",
+    "BottleneckConfig",
+    "Fitted",
+    "Metric",
+    "Rotation",
+    "Rounding",
+    "build_bottleneck",
+]
 
 _MIN_STD = 1e-4
 _MAX_NORMAL = 8.0
 _ROTATION_SEED = 7
 
+Fitted = Literal["after", "jointly"]
 Metric = Literal["spread", "gradient"]
 Rounding = Literal["none", "noise", "straight_through"]
 Rotation = Literal["none", "random"]
 
 
 class BottleneckConfig(Config):
-    """A Matryoshka bottleneck that starts as whitened principal components."""
+    """A Matryoshka bottleneck: fitted to a trained FM from whitened principal components on, or trained along with the FM."""
 
     kind: Literal["matryoshka"] = "matryoshka"
+    fitted: Fitted = "after"
+    """When it learns. `after`: in a stage of its own, on the newest events of the trained FM, so that another bottleneck
+    needs no new FM. `jointly`: at every step of the FM's training, on all rows of the batch, from a random start; the
+    FM's weights are the same either way, but another bottleneck then needs the FM trained again. `lr` counts in both,
+    `jointly` with the warm-up and fall of `learning.optim` and without weight decay; `epochs` and `init_rows` are of
+    `after` alone. `jointly` takes the metric `spread`, by running mean and spread, and neither rounding nor rotation."""
     latent_dim: PositiveInt | None = 32
     """Numbers per latent; null takes as many as the embedding has, so that nothing is left out: the reference that shows
     what a bottleneck loses."""
@@ -51,9 +66,9 @@ class BottleneckConfig(Config):
     rotation: Rotation = "none"
     """Whether components start rotated at random within each prefix, so that every number carries a like share."""
     init_rows: PositiveInt = 65_536
-    """Rows from which mean, spread and principal components are taken."""
+    """Rows from which mean, spread and principal components are taken; nothing with `fitted` jointly."""
     epochs: PositiveInt = 1
-    """Passes over the embeddings."""
+    """Passes over the embeddings; with `fitted` jointly those of the FM's `learning` count."""
     lr: PositiveFloat = 1e-3
     """Learning rate of Adam."""
 
@@ -67,7 +82,20 @@ class BottleneckConfig(Config):
             raise ValueError(f"prefixes must rise and {expected}, found {self.prefixes}")
         if not self.reconstruct_weight and not self.predict_weight:
             raise ValueError("one of reconstruct_weight and predict_weight must be positive")
+        if self.fitted == "jointly":
+            self._check_jointly()
         return self
+
+    def _check_jointly(self) -> None:
+        """Refuse what needs a trained FM, or would draw random numbers that the FM's dropout shall get."""
+        known = {"metric": "spread", "rounding": "none", "rotation": "none", "epochs": 1}
+        for name, expected in known.items():
+            found = getattr(self, name)
+            if found != expected:
+                raise ValueError(
+                    f"fitted jointly takes {name} {expected} alone, found {found}; set {name} to {expected},"
+                    " or fitted to after"
+                )
 
 
 class Bottleneck(nn.Module):
@@ -77,7 +105,8 @@ class Bottleneck(nn.Module):
     weighted embedding, so that what the FM does not use takes no room in the latent.
 
     Source: LoopFM, arXiv 2605.29280, stage 2; training by prediction alone: IAT, arXiv 2604.08933. The start from
-    principal components and the weighing by the logit's slope are ours; the papers are silent on both.
+    principal components and the weighing by the logit's slope are ours; the papers are silent on both. Trained along
+    with the FM, as LoopFM does it: `loopfm_ray.models.joint`.
     """
 
     def __init__(self, config: BottleneckConfig, in_dim: int) -> None:
@@ -186,21 +215,44 @@ class Bottleneck(nn.Module):
         sample = sample.float()
         self.mean.copy_(sample.mean(0))
         std = sample.std(0)
-        self.std.copy_(torch.where(std > _MIN_STD, std, 1.0))
+        self._set_std(std)
         if sensitivity is not None:
             self.weight.copy_(_weights(std, sensitivity))
         components, variance = self._components(self.standardise(sample).double())
         turn = self._turn()
         reach = self.config.spread * variance.sqrt()
-        self.encoder.weight.copy_(((components / reach) @ turn).T)
+        self._start((components / reach) @ turn, (components * reach) @ turn)
+
+    @torch.no_grad()
+    def initialise_at_random(self) -> None:
+        """Start as random directions at right angles, for embeddings of which nothing is known yet.
+
+        A standardised embedding has a spread of 1 along a random direction, so `spread` reaches as far as it does along
+        principal components. Each decoder gives the embedding's projection on the directions of its prefix.
+        """
+        directions = nn.init.orthogonal_(torch.empty(self.in_dim, self.latent_dim))
+        self._start(directions / self.config.spread, directions * self.config.spread)
+
+    def _start(self, encoder: Tensor, decoder: Tensor) -> None:
+        """Set weights from [D, latent_dim] columns that encode and that decode; a hidden layer adds nothing yet."""
+        self.encoder.weight.copy_(encoder.T)
         self.encoder.bias.zero_()
         if self.hidden is not None:
             for parameter in self.hidden[-1].parameters():
                 parameter.zero_()
         for prefix in self.prefixes:
-            decoder = self.decoders[str(prefix)]
-            decoder.get_parameter("weight").copy_(((components * reach) @ turn)[:, :prefix])
-            decoder.get_parameter("bias").zero_()
+            layer = self.decoders[str(prefix)]
+            layer.get_parameter("weight").copy_(decoder[:, :prefix])
+            layer.get_parameter("bias").zero_()
+
+    @torch.no_grad()
+    def set_moments(self, mean: Tensor, variance: Tensor) -> None:
+        """Standardise by mean and variance [D] from now on."""
+        self.mean.copy_(mean)
+        self._set_std(variance.sqrt())
+
+    def _set_std(self, std: Tensor) -> None:
+        self.std.copy_(torch.where(std > _MIN_STD, std, 1.0))
 
     def _components(self, normal: Tensor) -> tuple[Tensor, Tensor]:
         """Return [D, latent_dim] the principal components of [N, D] and [latent_dim] their variance."""

@@ -49,7 +49,7 @@ class Progress:
     num_rows: int
     sums: BinarySums
     loss: float
-    """Loss of the last step, KD included."""
+    """Loss of the last step, KD and a bottleneck that is trained along included."""
     rows_per_s: float
 
 

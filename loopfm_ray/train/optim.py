@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from loopfm_ray.config import Config
+from loopfm_ray.models.bottleneck import Bottleneck
 from loopfm_ray.models.embeddings import FieldEmbeddings
 
 __all__ = ["OptimConfig", "build_optimizer", "rate_factor", "set_rate"]
@@ -34,11 +35,17 @@ class OptimConfig(Config):
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Build the optimizer of a model; with no weight decay it is Adam."""
+    """Build the optimizer of a model; with no weight decay it is Adam.
+
+    A bottleneck that is trained along has the learning rate of its own config and no weight decay.
+    """
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, FieldEmbeddings)
     }
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    bottlenecks = [module for module in model.modules() if isinstance(module, Bottleneck)]
+    beside = {id(parameter) for module in bottlenecks for parameter in module.parameters()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in learning if id(parameter) not in beside]
     dense = [p for p in parameters if id(p) not in tables]
     embeddings = [p for p in parameters if id(p) in tables]
     embed_lr = config.embed_lr or config.lr
@@ -46,6 +53,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
         {"params": dense, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": embeddings, "lr": embed_lr, "weight_decay": config.embed_weight_decay},
     ]
+    for module in bottlenecks:
+        own = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups.append({"params": own, "lr": module.config.lr, "weight_decay": 0.0})
     groups = [{**group, "full_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, fused=True)
 

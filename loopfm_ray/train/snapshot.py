@@ -18,11 +18,17 @@ from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
-from loopfm_ray.train.weights import FM_WEIGHTS, FmSpec, load_weights, save_weights
+from loopfm_ray.train.weights import (
+    BOTTLENECK_WEIGHTS,
+    FM_WEIGHTS,
+    FmSpec,
+    load_weights,
+    save_weights,
+)
 
 __all__ = ["Snapshot", "SnapshotSpec", "load_snapshot", "save_snapshot"]
 
-_BOTTLENECK, _SPEC = "bottleneck.safetensors", "snapshot.json"
+_SPEC = "snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def save_snapshot(
     tree = {"format_version": 2, "snapshot_id": snapshot.snapshot_id, **snapshot.spec.to_tree()}
     with stage(location) as staged:
         save_weights(snapshot.fm, staged / FM_WEIGHTS)
-        save_weights(snapshot.bottleneck, staged / _BOTTLENECK)
+        save_weights(snapshot.bottleneck, staged / BOTTLENECK_WEIGHTS)
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True), encoding="utf-8")
         return commit(
             staged,
@@ -164,7 +170,7 @@ def load_snapshot(location: Location) -> Snapshot:
     fm = build_fm(spec.fm, spec.schema, spec.item_fields)
     bottleneck = build_bottleneck(spec.bottleneck, fm.embedding_dim(spec.embedding_layers))
     load_weights(fm, directory / FM_WEIGHTS)
-    load_weights(bottleneck, directory / _BOTTLENECK)
+    load_weights(bottleneck, directory / BOTTLENECK_WEIGHTS)
     return Snapshot(fm, bottleneck, spec, tree["snapshot_id"], version.manifest.version)
 
 

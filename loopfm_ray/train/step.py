@@ -11,6 +11,7 @@ from loopfm_ray.distill.hints import HintedOutput
 from loopfm_ray.distill.losses import normalise, weighted_bce_sum, weighted_mse_sum
 from loopfm_ray.errors import DataError
 from loopfm_ray.models.foundation import FmOutput
+from loopfm_ray.models.joint import JointOutput
 
 __all__ = ["Objective", "StepLoss", "Workers", "first_logit", "make_objective"]
 
@@ -48,11 +49,13 @@ def make_objective(
 ) -> Objective:
     """Return the objective of an FM or a VM: cross entropy summed over tasks, and what follows the teacher.
 
+    A `JointFm` adds the loss of its bottleneck, from which the FM learns nothing.
+
     The KD loss compares the first task with `Batch.teacher_prob`, the hint loss the hint of a `HintedVm` with
     `Batch.teacher_latent`.
 
     Args:
-        model: gives [B, T] logits, an `FmOutput` or a `HintedOutput`; may be wrapped for data parallelism.
+        model: gives [B, T] logits, an `FmOutput`, `JointOutput` or `HintedOutput`; may be wrapped for data parallelism.
         kd_weight: weight of the KD loss; 0 leaves it out.
         hint_weight: weight of the hint loss; 0 leaves it out.
         workers: data parallelism; none is a single worker.
@@ -73,6 +76,8 @@ def make_objective(
             total = total + kd_weight * _kd_sum(logit[:, 0], batch, weight)
         if hint_weight:
             total = total + hint_weight * _hint_sum(output, batch, weight)
+        if isinstance(output, JointOutput):
+            total = total + output.bottleneck_sum
         num_rows = shared.count_rows(len(batch.label))
         total = normalise(total, num_rows, shared.world_size)
         return StepLoss(total, logit[:, 0].detach(), batch.label[:, 0])
@@ -85,7 +90,7 @@ def first_logit(model: nn.Module, batch: Batch) -> Tensor:
     return _logits(model(batch))[:, 0]
 
 
-def _logits(output: Tensor | FmOutput | HintedOutput) -> Tensor:
+def _logits(output: Tensor | FmOutput | JointOutput | HintedOutput) -> Tensor:
     return output if isinstance(output, Tensor) else output.logit
 
 

@@ -1,4 +1,4 @@
-"""A trained FM on disk, before a bottleneck is fitted to it: several snapshots may be made from one FM."""
+"""A trained FM on disk: several snapshots may be made from one FM, unless a bottleneck was trained along with it."""
 
 import json
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import LoopFMError, StoreError
+from loopfm_ray.models.bottleneck import Bottleneck, BottleneckConfig, build_bottleneck
 from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
 from loopfm_ray.store.cache import open_version
@@ -20,8 +21,10 @@ from loopfm_ray.store.manifest import Manifest, commit, stage, verify
 from loopfm_ray.train.curves import write_curves
 
 __all__ = [
+    "BOTTLENECK_WEIGHTS",
     "FM_WEIGHTS",
     "FmSpec",
+    "JointBottleneck",
     "TrainedFm",
     "adopt_weights",
     "load_fm",
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 FM_WEIGHTS = "fm.safetensors"
-_SPEC = "fm.json"
+BOTTLENECK_WEIGHTS = "bottleneck.safetensors"
+_SPEC, _BOTTLENECK_SPEC = "fm.json", "bottleneck.json"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,14 @@ class FmSpec:
 
 
 @dataclass(frozen=True)
+class JointBottleneck:
+    """A bottleneck that was trained along with an FM, and the FM's layers that it reads."""
+
+    bottleneck: Bottleneck
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TrainedFm:
     """A trained FM and what it is."""
 
@@ -90,6 +102,23 @@ class TrainedFm:
     """Speed and seconds of its training, and its number of parameters."""
     version: str = ""
     """Version of the directory it was read from."""
+    joint: JointBottleneck | None = None
+    """The bottleneck that was trained along; none was, as a rule."""
+
+    def bottleneck(self, config: BottleneckConfig, layers: tuple[str, ...]) -> Bottleneck:
+        """Return the bottleneck that was trained along, which has to be of this config and read these layers.
+
+        Raises:
+            StoreError: it is not, or there is none.
+        """
+        joint = self.joint
+        if joint is not None and (joint.bottleneck.config, joint.layers) == (config, layers):
+            return joint.bottleneck
+        has = "none" if joint is None else f"another one, of the layers {joint.layers}"
+        raise StoreError(
+            f"fm.bottleneck.fitted is jointly, but the FM of version {self.version} has {has} instead of this bottleneck"
+            f" of {layers}; run `loopfm train-fm` with the same config, or set fitted to after"
+        )
 
 
 def save_fm(
@@ -101,11 +130,13 @@ def save_fm(
     num_rows: int,
     curves: str = "",
 ) -> Manifest:
-    """Write an FM and its learning curves as a version of kind `fm`, in place of another one there."""
+    """Write an FM, its learning curves and a bottleneck trained along as a version of kind `fm`, in place of another one there."""
     with stage(location) as staged:
         save_weights(trained.model, staged / FM_WEIGHTS)
         text = json.dumps(trained.spec.to_tree(), indent=1, sort_keys=True)
         (staged / _SPEC).write_text(text, encoding="utf-8")
+        if trained.joint is not None:
+            _write_joint(trained.joint, staged)
         write_curves(staged, curves)
         return commit(
             staged,
@@ -133,7 +164,36 @@ def load_fm(location: Location) -> TrainedFm:
     spec = FmSpec.from_tree(json.loads((directory / _SPEC).read_text(encoding="utf-8")))
     model = spec.build()
     load_weights(model, directory / FM_WEIGHTS)
-    return TrainedFm(model, spec, version.manifest.meta["record"], version.manifest.version)
+    manifest = version.manifest
+    joint = _read_joint(directory, model)
+    return TrainedFm(model, spec, manifest.meta["record"], manifest.version, joint)
+
+
+def _write_joint(joint: JointBottleneck, directory: Path) -> None:
+    save_weights(joint.bottleneck, directory / BOTTLENECK_WEIGHTS)
+    tree = {
+        "bottleneck": joint.bottleneck.config.model_dump(mode="json"),
+        "embedding_layers": list(joint.layers),
+    }
+    text = json.dumps(tree, indent=1, sort_keys=True)
+    (directory / _BOTTLENECK_SPEC).write_text(text, encoding="utf-8")
+
+
+def _read_joint(directory: Path, fm: FoundationModel) -> JointBottleneck | None:
+    path = directory / _BOTTLENECK_SPEC
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        layers = tuple(tree["embedding_layers"])
+        config = BottleneckConfig.model_validate(tree["bottleneck"])
+        bottleneck = build_bottleneck(config, fm.embedding_dim(layers))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path} is not the spec of a bottleneck: {error}; train the FM again"
+        ) from error
+    load_weights(bottleneck, directory / BOTTLENECK_WEIGHTS)
+    return JointBottleneck(bottleneck, layers)
 
 
 def adopt_weights(model: FoundationModel, parent: FoundationModel) -> None:
