@@ -22,6 +22,7 @@ SMALL = [
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_workers_train_the_same_fm_with_a_bottleneck_along(tmp_path):
     run = [f"run_dir={tmp_path}", *SMALL]
