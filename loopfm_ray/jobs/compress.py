@@ -155,7 +155,11 @@ class _Embeddings:
         return embedding_chunks(self._trained.model, config.embedding_layers, batches)
 
     def channel(self) -> ChannelRows:
-        """Return rows of the FM's validation window, events or not, which nothing was fitted on."""
+        """Return rows of the FM's validation window, events or not.
+
+        The FM did not learn from them. A bottleneck that is fitted after it has met the embeddings of those that are events,
+        but no label.
+        """
         window = self._task.splits.fm_valid
         known = keep_known(self._rows(window), window, self._task.splits.fm.stop_ts)
         blocks = [rows for rows in known if len(rows["user"])]

@@ -10,14 +10,14 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loopfm_ray.serving.contract import (
     MAX_BODY_BYTES,
@@ -83,7 +83,7 @@ def create_api(
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
     if gate is not None:
-        app.middleware("http")(partial(_guard, gate))
+        app.add_middleware(_Guard, gate=gate)
     app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
@@ -119,27 +119,36 @@ def create_api(
     return app
 
 
-async def _guard(
-    gate: Gate, request: Request, call_next: Callable[[Request], Awaitable[Response]]
-) -> Response:
-    """Let a request with a key through, as often as the key may ask."""
-    if request.url.path in _OPEN_PATHS:
-        return await call_next(request)
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    verdict = gate.check(secret.strip()) if scheme.lower() == "bearer" else Verdict(None)
-    if verdict.name is None:
-        response = _problem(
-            request, 401, "send `Authorization: Bearer KEY` with a key of this service"
-        )
-        response.headers["www-authenticate"] = "Bearer"
-        return response
-    if verdict.retry_after_s > 0:
-        response = _problem(
-            request, 429, f"key {verdict.name!r} asks too often; wait and try again"
-        )
-        response.headers["retry-after"] = str(math.ceil(verdict.retry_after_s))
-        return response
-    return await call_next(request)
+class _Guard:
+    """Lets a request with a key through to the application, as often as the key may ask."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self._app, self._gate = app, gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or have it answered."""
+        refusal = None
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            refusal = self._refusal(Request(scope))
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        is_bearer = scheme.lower() == "bearer"
+        verdict = self._gate.check(secret.strip()) if is_bearer else Verdict(None)
+        if verdict.name is None:
+            response = _problem(
+                request, 401, "send `Authorization: Bearer KEY` with a key of this service"
+            )
+            response.headers["www-authenticate"] = "Bearer"
+            return response
+        if verdict.retry_after_s > 0:
+            response = _problem(
+                request, 429, f"key {verdict.name!r} asks too often; wait and try again"
+            )
+            response.headers["retry-after"] = str(math.ceil(verdict.retry_after_s))
+            return response
+        return None
 
 
 async def _healthz() -> dict[str, str]:
