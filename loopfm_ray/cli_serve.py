@@ -56,9 +56,9 @@ def promote(
     if bundle is not None:
         where = absolute(locate(bundle))
         # what no replica could load is refused here, and nothing changes
-        load_predictor(where, online)
+        version = load_predictor(where, online).bundle.version
         target = online if online is None or "://" in online else str(Path(online).absolute())
-        served = rollout.Served(bundle=str(where), online=target)
+        served = rollout.Served(bundle=str(where), online=target, version=version)
     with rollout.editing(file) as now:
         if served is not None and canary is not None:
             after = rollout.start_canary(now, name, served, canary)
@@ -112,8 +112,12 @@ def _print(rollouts: "Rollouts", name: str, as_json: bool) -> None:
         tree = {"revision": rollouts.revision, "name": name, **now.model_dump(mode="json")}
         typer.echo(json.dumps(tree, indent=1))
         return
-    typer.echo(f"revision {rollouts.revision}, {name}: stable {now.stable.bundle}")
+    typer.echo(f"revision {rollouts.revision}, {name}: stable {_text(now.stable)}")
     if now.canary is not None:
-        typer.echo(f"canary for {now.canary_share:.1%} of the users: {now.canary.bundle}")
+        typer.echo(f"canary for {now.canary_share:.1%} of the users: {_text(now.canary)}")
     if now.shadow is not None:
-        typer.echo(f"shadow: {now.shadow.bundle}")
+        typer.echo(f"shadow: {_text(now.shadow)}")
+
+
+def _text(served: "Served") -> str:
+    return f"{served.bundle} ({served.version or 'what lies there'})"

@@ -110,13 +110,20 @@ class ServeConfig(Config):
         """Load a bundle and open its store.
 
         Raises:
-            BundleError: the bundle is damaged, or the store is not of the space that the bundle was trained in.
+            BundleError: the bundle is damaged or of another version, or the store is not of the space that it was trained in.
             StoreError: there is no such store, or it does not hold that space.
         """
         from loopfm_ray.serving.predictor import load_predictor
 
         where = locate(served.bundle, self.cache_dir, self.cache_bytes)
-        return load_predictor(where, served.online, self.history_timeout_s)
+        predictor = load_predictor(where, served.online, self.history_timeout_s)
+        found = predictor.bundle.version
+        if served.version not in (None, found):
+            raise BundleError(
+                f"{served.bundle} holds the bundle {found}, expected {served.version}: it was written over; promote what is"
+                " there now, or put the bundle back"
+            )
+        return predictor
 
 
 def _is_loopback(host: str) -> bool:

@@ -45,6 +45,9 @@ class Served(Config):
     """Folder or `s3://` address of the VM bundle."""
     online: str | None = None
     """Directory or `redis://` address of the online store; null for a VM without history."""
+    version: str | None = None
+    """Version of the bundle that has to lie there; null takes what lies there when it is loaded. `loopfm promote` writes it, so that
+    a folder that was written over is noticed and never served under an old name."""
 
 
 class Rollout(Config):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from loopfm_ray.cli import app
 from loopfm_ray.errors import ConfigError, StoreError
+from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.rollout import (
     Rollout,
     Rollouts,
@@ -119,7 +120,8 @@ def test_the_verbs_write_what_can_be_served_and_refuse_what_can_not(world, tmp_p
     where = ("--bundle", world.bundle, "--online", world.online)
     done = run("promote", file, "vm", *where)
     assert done.exit_code == 0, done.output
-    assert f"revision 1, vm: stable {world.bundle}" in done.output
+    assert f"revision 1, vm: stable {world.bundle} (" in done.output
+    assert read_rollouts(file).of("vm").stable.version == load_bundle(world.bundle).version
     done = run("promote", file, "vm", *where, "--canary", 0.05, "--json")
     assert json.loads(done.stdout)["canary_share"] == 0.05
     assert "canary for 5.0%" in run("promote", file, "vm", *where, "--shadow").output

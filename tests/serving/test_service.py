@@ -1,5 +1,6 @@
 """Many VMs in one process: names, canaries, shadows, and changes under load."""
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, StoreError
+from loopfm_ray.jobs.serving import ServeConfig
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.serving.bundle import load_bundle, save_bundle
 from loopfm_ray.serving.contract import RequestError, ScoreQuery, UnknownModelError
@@ -200,6 +202,26 @@ def test_a_bundle_that_can_not_be_served_leaves_the_old_one_and_says_why(service
     assert answers(service) == before
     assert service.apply(promote(Rollouts(), "vm", served[0])) == {}
     assert service.describe("vm")["problem"] is None
+
+
+def test_a_folder_that_was_written_over_is_noticed(served, tmp_path):
+    """Promoting it again serves what is there now; going back to what was there before is refused."""
+    folder = tmp_path / "bundle"
+    service = Service(ServeConfig(bundle="unused").open)
+
+    def put(one):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(one.bundle, folder)
+        return Served(bundle=str(folder), online=one.online, version=load_bundle(folder).version)
+
+    first = promote(Rollouts(), "vm", put(served[0]))
+    assert service.apply(first) == {}
+    second = promote(first, "vm", put(served[1]))
+    assert service.apply(second) == {}
+    assert {user: answer.scores for user, answer in answers(service).items()} == direct(served[1])
+    assert "written over" in service.apply(rollback(second, "vm"))["vm"]
+    assert {user: answer.scores for user, answer in answers(service).items()} == direct(served[1])
+    service.close()
 
 
 def test_a_bundle_of_another_space_is_refused(service, served, world):
