@@ -237,6 +237,7 @@ ONE_RUN = [*SMALL, "ray.parallel_tasks=1", *(f"vms.{vm}.learning.checkpoint_step
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_training_of_vms_keeps_the_finished_and_goes_on_with_the_next(calm, tmp_path):
     """All VMs share one Ray Train run, which dies inside its second VM: each VM ends in the same bits, the first untouched."""
