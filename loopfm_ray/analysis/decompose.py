@@ -32,6 +32,7 @@ __all__ = [
     "Estimate",
     "bootstrap_means",
     "decompose",
+    "estimate_difference",
     "row_logloss",
 ]
 
@@ -134,7 +135,7 @@ def ladder(losses: Mapping[str, Floats], user: NDArray[np.integer], seed: int = 
         "residual": ("code", "code_raw"),
     }
     found = {
-        name: _estimate(whole, drawn, place[before], place[after])
+        name: estimate_difference(whole, drawn, place[before], place[after])
         for name, (before, after) in steps.items()
     }
     return Ladder(**found, num_rows=len(stacked), num_users=len(np.unique(user)))
@@ -166,7 +167,7 @@ def decompose(
     whole = stacked.mean(0)
     drawn = bootstrap_means(stacked, np.asarray(user), seed)
     terms = {"temporal": (0, 1), "cross": (1, 3), "residual": (2, 3), "loopfm": (0, 2)}
-    found = {name: _estimate(whole, drawn, *places) for name, places in terms.items()}
+    found = {name: estimate_difference(whole, drawn, *places) for name, places in terms.items()}
     temporal = found["temporal"].value
     return Decomposition(
         **found,
@@ -190,7 +191,8 @@ def _stack(
     return np.stack([np.asarray(losses[name], np.float64) for name in models], axis=1)
 
 
-def _estimate(whole: Floats, drawn: Floats, before: int, after: int) -> Estimate:
+def estimate_difference(whole: Floats, drawn: Floats, before: int, after: int) -> Estimate:
+    """Return the mean of column `before` less that of `after`, from means [M] and drawn means [draws, M]."""
     low, high = np.quantile(drawn[:, before] - drawn[:, after], [0.025, 0.975])
     return Estimate(float(whole[before] - whole[after]), float(low), float(high))
 

@@ -15,19 +15,19 @@ import torch
 from numpy.typing import NDArray
 
 from loopfm_ray.analysis.alignment import Alignment, AlignmentKind
-from loopfm_ray.analysis.decompose import Estimate, bootstrap_means, row_logloss
+from loopfm_ray.analysis.decompose import bootstrap_means, estimate_difference, row_logloss
 from loopfm_ray.analysis.drift import fit_alignments, measure_drift
 from loopfm_ray.data.batch import Batch
 from loopfm_ray.data.examples import Rows, iterate_rows
 from loopfm_ray.data.prepared import read_histories
-from loopfm_ray.errors import ConfigError, DataError, StoreError
+from loopfm_ray.errors import ConfigError, DataError
 from loopfm_ray.experiments import PipelineConfig
-from loopfm_ray.jobs.context import needed, splits_of
+from loopfm_ray.jobs.context import splits_of
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.stages import vm_jobs
 from loopfm_ray.jobs.train_vm import VmData, VmJob
 from loopfm_ray.store.codes import CodeSpec, decode, encode
-from loopfm_ray.store.filesystem import Location
+from loopfm_ray.store.manifest import find_manifest
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.tables import code_bytes, code_column, write_text
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
@@ -112,7 +112,7 @@ def measure_run_drift(
     }
     joined = new.paths.joined(new.seeds[0])
     jobs = [job for job in vm_jobs(old) if job.seed == seed and job.name in old.latent_vms]
-    if _is_there(joined):
+    if find_manifest(joined) is not None:
         retrained = {job.name: job for job in vm_jobs(new) if job.seed == new.seeds[0]}
         swap = _Swap(new, readers[0], readers[1].spec, {k: one for k, (one, _) in maps.items()})
         for number, job in enumerate(jobs):
@@ -125,14 +125,6 @@ def measure_run_drift(
 
 def _until(reader: LatentsReader) -> int:
     return int(reader.manifest.meta["trained_until_ts"])
-
-
-def _is_there(location: Location) -> bool:
-    try:
-        needed(location, "join")
-    except StoreError:
-        return False
-    return True
 
 
 def _common_events(new: LatentsReader, old: LatentsReader) -> _Pairs:
@@ -221,7 +213,7 @@ class _Swap:
         for kind, align in self._maps.items():
             recoded = _Recoded(self._source, self._spec, align)
             ways[kind] = (replace(_open(other, trained), recode=recoded), trained, None)
-        if retrained is not None and _is_there(retrained.out_dir):
+        if retrained is not None and find_manifest(retrained.out_dir) is not None:
             anew = load_trained_vm(retrained.out_dir)
             ways["retrained"] = (_open(retrained, anew), anew, None)
         scored = {
@@ -315,18 +307,17 @@ def _compare(scored: Mapping[str, _Scored]) -> Json:
         for name, one in scored.items()
     }
     stacked = np.stack(list(losses.values()), axis=1)
-    drawn = bootstrap_means(stacked, np.asarray(own.user))
+    whole, drawn = stacked.mean(0), bootstrap_means(stacked, np.asarray(own.user))
     names = list(losses)
     out: Json = {}
     for place, name in enumerate(names):
         metrics = binary_metrics(scored[name].predictions)
-        gap = drawn[:, place] - drawn[:, names.index("own")]
-        low, high = np.quantile(gap, [0.025, 0.975])
-        mean_gap = float(losses[name].mean() - losses["own"].mean())
         out[name] = {
             **{key: metrics[key] for key in ("ne", "auc", "logloss", "calibration")},
             "mean_history_len": float(scored[name].length.mean()),
-            "loss_against_own": asdict(Estimate(mean_gap, float(low), float(high))),
+            "loss_against_own": asdict(
+                estimate_difference(whole, drawn, place, names.index("own"))
+            ),
             "num_rows": len(own.user),
         }
     return out

@@ -22,7 +22,6 @@ from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.serving.api import Scorer, create_api
-from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.keys import Gate, read_keys
 from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
 from loopfm_ray.serving.service import Service
@@ -151,11 +150,12 @@ def load(config: ServeConfig) -> Service:
         service = Service(config.open, partial(read_rollouts, path))
         begin(service, read_rollouts(path))
         return service
-    service = Service(config.open)
-    if config.bundle is not None:
-        served = Served(bundle=config.bundle, online=config.online)
-        name = load_bundle(locate(config.bundle, config.cache_dir, config.cache_bytes)).spec.name
-        begin(service, Rollouts(models={name: Rollout(stable=served)}))
+    if config.bundle is None:
+        return Service(config.open)
+    served = Served(bundle=config.bundle, online=config.online)
+    predictor = config.open(served)  # once: its own name is the model's
+    service = Service(lambda _: predictor)
+    begin(service, Rollouts(models={predictor.bundle.spec.name: Rollout(stable=served)}))
     return service
 
 

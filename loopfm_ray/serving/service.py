@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -120,13 +120,7 @@ class Service:
                     refused[name] = str(error)
                     _log.error("model %s stays as it is: %s", name, error)
                     if before is not None:
-                        slots[name] = _Slot(
-                            before.served,
-                            before.predictors,
-                            before.canary_share,
-                            before.shadow,
-                            str(error),
-                        )
+                        slots[name] = replace(before, problem=str(error))
             self._slots, self._revision = slots, rollouts.revision
             return refused
 
@@ -146,7 +140,9 @@ class Service:
                 and before.shadow.version == version
             )
             shadow = before.shadow if same and before is not None else ShadowReport(version)
-        return _Slot(served, predictors, share, shadow)
+        # a report that goes on is guarded by the lock that it had
+        lock = threading.Lock() if before is None else before.lock
+        return _Slot(served, predictors, share, shadow, lock=lock)
 
     def respond(self, name: str, query: ScoreQuery, request_id: str) -> ScoreResponse:
         """Return the answer to one query as it goes over the wire.

@@ -136,7 +136,7 @@ def test_a_store_without_the_space_of_the_bundle_is_not_served(url, world, tmp_p
         serve.run(app, name="other", route_prefix="/other")
     status = serve.status().applications["other"]
     text = status.message + status.deployments[DEPLOYMENT_NAME].message
-    assert "BundleError" in text
+    assert "StoreError" in text
     assert "holds no space" in text
     serve.delete("other")
     # the application that was there before still serves
