@@ -27,6 +27,7 @@ from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig, RawHistoryConfig
 from loopfm_ray.models.registry import VmConfig
 from loopfm_ray.serving.bundle import why_not_servable
+from loopfm_ray.serving.contract import Backend
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
@@ -184,6 +185,10 @@ class OnlineConfig(Config):
     folder `online` of the run."""
     max_events_per_user: PositiveInt | None = None
     """Newest events kept for a user; none keeps all within the retention."""
+    backends: tuple[Backend, ...] = ("torch",)
+    """What the bundle can be run with; `onnx` scores the same about three times as fast, `onnx_int8` with rounded weights."""
+    int8_max_ne_loss: NonNegativeFloat = 0.001
+    """Most that 8-bit weights may add to the validation NE; publishing ends with an error when they add more."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the scoring service on loopback while the demo scores one request; 0 takes a free one."""
     parity_requests: PositiveInt = 200

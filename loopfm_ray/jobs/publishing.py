@@ -4,16 +4,21 @@ from dataclasses import replace
 from typing import Any
 
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.errors import StoreError
+from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import Context, needed
-from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
+from loopfm_ray.metrics.binary import normalized_entropy
+from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, load_bundle, save_bundle
+from loopfm_ray.serving.parity import load_offline
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.store.space import Space
 from loopfm_ray.train.trained import load_trained_vm
 
 __all__ = ["export_bundle", "run_publish"]
+
+_INT8_REQUESTS = 5000
+"""Validation requests that the loss of 8-bit weights is measured on."""
 
 
 def run_publish(context: Context) -> dict[str, Any]:
@@ -33,7 +38,34 @@ def run_publish(context: Context) -> dict[str, Any]:
     )
     context.progress("publish", 2, 2)
     space = Space.of_meta(latents.meta).id
-    return {"bundle": bundle.version, "histories": live, "space": space}
+    found: dict[str, Any] = {"bundle": bundle.version, "histories": live, "space": space}
+    if "onnx_int8" in config.online.backends:
+        found["int8_ne_loss"] = _int8_ne_loss(config)
+    return found
+
+
+def _int8_ne_loss(config: PipelineConfig) -> float:
+    """Return what 8-bit weights add to the NE on a sample of the validation requests.
+
+    Raises:
+        BundleError: more than the config allows.
+    """
+    data = PreparedData.open(config.paths.prepared)
+    window = config.data.split.ranges(*data.log_range).vm_valid
+    joined, ne = config.paths.joined(config.seeds[0]), {}
+    for backend in ("torch", "onnx_int8"):
+        bundle = load_bundle(config.paths.bundle, backend)
+        sample = load_offline(bundle, data, joined, window, _INT8_REQUESTS)
+        label = sample.rows[bundle.spec.schema.tasks[0]]
+        ne[backend] = normalized_entropy(label, sample.probs)
+    loss = ne["onnx_int8"] - ne["torch"]
+    limit = config.online.int8_max_ne_loss
+    if not loss <= limit:
+        raise BundleError(
+            f"8-bit weights add {loss:.5f} to the validation NE ({ne['torch']:.5f}), at most {limit:g} may be"
+            " (online.int8_max_ne_loss): serve with onnx, or raise the limit"
+        )
+    return loss
 
 
 def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
@@ -53,7 +85,9 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
         sequence_len=config.data.sequence_len,
     )
     inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
-    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
+    return save_bundle(
+        config.paths.bundle, spec, trained.model, data, inputs, config.online.backends
+    )
 
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:

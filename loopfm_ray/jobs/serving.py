@@ -22,6 +22,7 @@ from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.serving.api import Scorer, create_api
+from loopfm_ray.serving.contract import Backend
 from loopfm_ray.serving.keys import Gate, read_keys
 from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
 from loopfm_ray.serving.service import Service
@@ -77,6 +78,8 @@ class ServeConfig(Config):
     """Requests that one replica takes at a time."""
     max_queued_requests: int = Field(default=64, ge=-1)
     """Requests that wait at a proxy before it answers 503; -1 is without limit."""
+    backend: Backend = "torch"
+    """What runs the models; `onnx` and `onnx_int8` take bundles that hold these (`online.backends` of the pipeline)."""
     history_timeout_s: PositiveFloat = 0.05
     """Deadline of one look-up in a store behind a network, after which the request is scored without history."""
     reload_s: PositiveFloat = 5.0
@@ -115,7 +118,7 @@ class ServeConfig(Config):
         from loopfm_ray.serving.predictor import load_predictor
 
         where = locate(served.bundle, self.cache_dir, self.cache_bytes)
-        predictor = load_predictor(where, served.online, self.history_timeout_s)
+        predictor = load_predictor(where, served.online, self.history_timeout_s, self.backend)
         found = predictor.bundle.version
         if served.version not in (None, found):
             raise BundleError(

@@ -76,7 +76,7 @@ class DlrmTower(nn.Module):
             fields.append(parts[0][:, None])
         if self.history is not None:
             dim = inputs.embedded.shape[-1]
-            fields.append(self.history(inputs.history).view(len(inputs.history), -1, dim))
+            fields.append(self.history(inputs.history).unflatten(1, (-1, dim)))
         table = torch.cat(fields, 1)
         dots = torch.bmm(table, table.transpose(1, 2)).flatten(1)
         parts.append(dots.index_select(1, self.pairs))

@@ -98,7 +98,7 @@ class BilinearFusion(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return [B, T] from x [B, dim_1] and y [B, dim_2]."""
         num_heads = self.weight.shape[1]
-        parts = x.view(len(x), num_heads, -1), y.view(len(y), num_heads, -1)
+        parts = x.view(x.shape[0], num_heads, -1), y.view(y.shape[0], num_heads, -1)
         crossed = torch.einsum("bhi,thij,bhj->bt", parts[0], self.weight, parts[1])
         out: Tensor = self.first(x) + self.second(y) + crossed
         return out

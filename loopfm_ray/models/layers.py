@@ -93,8 +93,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 class Groups:
     """Rows laid out as K blocks of `width` places, all rows of a block reading the same history."""
 
-    slot: Tensor
-    """[B] int64: the place of each row, block * width + position."""
+    slot: Tensor | None
+    """[B] int64: the place of each row, block * width + position; None when row n is at place n and all are taken."""
     history: Tensor | None
     """[K] int64: the history of each block; None when block k reads history k."""
     num_blocks: int
@@ -105,8 +105,11 @@ def group_rows(row: Tensor, num_histories: int) -> Groups:
     """Lay out rows that read histories row [B] so that one batched product serves a block of rows.
 
     A history with many rows takes several blocks, so that a crowded one does not widen all others; the width
-    is the one of least estimated cost.
+    is the one of least estimated cost. A model that is being exported takes equal blocks of rows, one for each history
+    in order, because the layout of others hangs on the values of `row`.
     """
+    if num_histories == 1 or torch.compiler.is_exporting():
+        return Groups(None, None, num_histories, row.shape[0] // num_histories)
     counts = torch.bincount(row, minlength=num_histories)
     width, num_blocks = _best_width(counts)
     blocks = (counts + (width - 1)) // width
@@ -135,6 +138,19 @@ def _best_width(counts: Tensor) -> tuple[int, int]:
     ]
     best = cost.index(min(cost))
     return _WIDTHS[best], int(num_blocks[best])
+
+
+def _spread(rows: Tensor, groups: Groups) -> Tensor:
+    """Return [K * width, D]: rows [B, D] at their places, 0 elsewhere."""
+    if groups.slot is None:
+        return rows
+    places = rows.new_zeros(groups.num_blocks * groups.width, rows.shape[1])
+    return places.index_copy(0, groups.slot, rows)
+
+
+def _taken(places: Tensor, groups: Groups) -> Tensor:
+    """Return [B, D]: the places [K * width, D] of the rows."""
+    return places if groups.slot is None else places.index_select(0, groups.slot)
 
 
 class TargetAttention(nn.Module):
@@ -179,34 +195,29 @@ class TargetAttention(nn.Module):
         Returns:
             [B, out_dim].
         """
-        groups = group_rows(row, len(values))
+        groups = group_rows(row, values.shape[0])
         # Padding is masked inside the product: one more key, which every query reads with weight 1.
         side = torch.cat([side, torch.where(mask, 0.0, _MASKED)[..., None]], -1)
         if groups.history is not None:
             values = values.index_select(0, groups.history)
             side = side.index_select(0, groups.history)
         heads, width, length = self.num_heads, groups.width, values.shape[1]
-        asked = self.query(query).view(len(query), heads, -1)
-        asked = torch.cat([asked, asked.new_ones(len(query), heads, 1)], -1).flatten(1)
-        padded = asked.new_zeros(groups.num_blocks * width, asked.shape[1])
-        padded = padded.index_copy(0, groups.slot, asked)
-        padded = padded.view(groups.num_blocks, width * heads, -1)
+        asked = self.query(query).unflatten(1, (heads, -1))
+        asked = torch.cat([asked, torch.ones_like(asked[..., :1])], -1).flatten(1)
+        padded = _spread(asked, groups).view(groups.num_blocks, width * heads, -1)
         by_value = padded[..., : self.value_dim] * self.gain
         by_side = padded[..., self.value_dim :]
         score = torch.baddbmm(
             torch.bmm(by_side, side.transpose(1, 2)), by_value, values.transpose(1, 2)
         )
         # Places that no row took are left out of all that costs an exponential.
-        score = score.view(-1, heads * length).index_select(0, groups.slot)
-        score = score.view(-1, heads, length)
+        score = _taken(score.view(-1, heads * length), groups).view(-1, heads, length)
         best = score.detach().amax(-1, keepdim=True)
         weight = torch.exp(score - best)
         total = weight.sum(-1)
-        spread = weight.new_zeros(groups.num_blocks * width, heads * length).index_copy(
-            0, groups.slot, weight.flatten(1)
-        )
+        spread = _spread(weight.flatten(1), groups)
         found = torch.bmm(spread.view(groups.num_blocks, width * heads, length), values)
-        found = found.view(-1, heads * self.value_dim).index_select(0, groups.slot)
+        found = _taken(found.view(-1, heads * self.value_dim), groups)
         found = found.view(-1, heads, self.value_dim) * self.gain / total[..., None]
         strength = (best[..., 0] + torch.log(total)).clamp_min(_MASKED / 100) / 4
         count = torch.sigmoid(score - self.threshold[:, None]).sum(-1)

@@ -87,7 +87,7 @@ class GruBody(nn.Module):
         del query
         states, _ = self.gru(values)
         newest = (history.mask.sum(1) - 1).clamp_min(0)
-        last: Tensor = states[torch.arange(len(states), device=states.device), newest]
+        last: Tensor = states[torch.arange(states.shape[0], device=states.device), newest]
         return last.index_select(0, history.row)
 
 
@@ -117,7 +117,7 @@ class AugruBody(nn.Module):
         mask = history.mask.index_select(0, row)
         score = torch.bmm(interests.index_select(0, row), self.query(query)[..., None])[..., 0]
         attention = torch.softmax(score + torch.where(mask, 0.0, _MASKED), -1) * mask
-        state = attention.new_zeros(len(row), self.out_dim)
+        state = attention.new_zeros(row.shape[0], self.out_dim)
         steps = zip(self.inputs(interests).unbind(1), attention.unbind(1), strict=True)
         for given, weight in steps:
             by_input = given.index_select(0, row).chunk(3, -1)

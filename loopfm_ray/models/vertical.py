@@ -196,7 +196,7 @@ class FieldTokens(nn.Module):
         parts = [inputs.embedded, inputs.numeric[..., None] * self.numbers]
         if self.history is not None:
             dim = self.numbers.shape[1]
-            parts.append(self.history(inputs.history).view(len(inputs.history), -1, dim))
+            parts.append(self.history(inputs.history).unflatten(1, (-1, dim)))
         return torch.cat(parts, 1)
 
 

@@ -1,7 +1,8 @@
 """The bundle: all that serving loads for one VM, as one dataset version with checksums and no code in it.
 
 `model.safetensors` (weights), `bundle.json` (what they mean and which history they were trained with), `vocab/*.parquet`,
-`items.parquet` and `users.parquet` (row i = id i). A bundle pins the embedding space that its VM was trained in:
+`items.parquet` and `users.parquet` (row i = id i), and, if asked for, the same model as `model.onnx`, or with 8-bit weights
+as `model_int8.onnx`. A bundle pins the embedding space that its VM was trained in:
 `serving/predictor.py` takes any published version of that space and refuses all others.
 
 Vocabularies are cut to the ids that the VM knows. Only the items and users whose own fields the VM reads are kept whole:
@@ -9,18 +10,21 @@ one that came after training has no embedding of its own, yet its price and cate
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loopfm_ray.config import config_hash
+from loopfm_ray.data.batch import Batch
 from loopfm_ray.data.prepared import EntityTable, PreparedData, read_entities
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.vocabulary import Vocabulary
@@ -29,6 +33,8 @@ from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.history_inputs import RawHistoryConfig
 from loopfm_ray.models.registry import AnyVmConfig, build_vm, read_vm_config
 from loopfm_ray.models.vertical import VerticalModel
+from loopfm_ray.serving.contract import Backend
+from loopfm_ray.serving.onnx import OnnxModel, export_onnx, quantize_onnx
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
@@ -39,6 +45,7 @@ __all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle", "
 
 FORMAT_VERSION = 1
 _SPEC, _WEIGHTS = "bundle.json", "model.safetensors"
+_ONNX: dict[Backend, str] = {"onnx": "model.onnx", "onnx_int8": "model_int8.onnx"}
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,15 @@ class Bundle:
     vocabularies: dict[str, Vocabulary]
     items: EntityTable
     users: EntityTable
+    onnx: OnnxModel | None = None
+    """What scores in the place of `model`."""
+
+    def logits(self, batch: Batch) -> NDArray[np.float64]:
+        """Return [B] logits of the first task, not calibrated."""
+        if self.onnx is not None:
+            return self.onnx.logits(batch)
+        with torch.inference_mode():
+            return self.model(batch)[:, 0].double().numpy()  # type: ignore[no-any-return]
 
 
 def save_bundle(
@@ -168,6 +184,7 @@ def save_bundle(
     model: VerticalModel,
     prepared: PreparedData,
     inputs: Mapping[str, str],
+    backends: Sequence[Backend] = ("torch",),
 ) -> Manifest:
     """Write a bundle as one version at `location`, replacing another one there.
 
@@ -177,9 +194,10 @@ def save_bundle(
         model: trained weights; has to fit `spec`.
         prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
         inputs: versions of what the VM was made from, by name.
+        backends: what the bundle can be run with; torch always.
 
     Raises:
-        BundleError: the weights do not fit `spec`.
+        BundleError: the weights do not fit `spec`, or the model can not be exported to ONNX.
     """
     _check_weights(spec, model.state_dict())
     tree = spec_tree(spec)
@@ -199,6 +217,7 @@ def save_bundle(
         for side in _table_sides(spec.schema):
             table = prepared.items if side == Side.ITEM else prepared.users
             _write_table(staged / f"{side.value}s.parquet", table, spec.schema, side)
+        _write_onnx(staged, spec, model, backends)
         return commit(
             staged,
             kind="bundle",
@@ -210,11 +229,15 @@ def save_bundle(
         )
 
 
-def load_bundle(location: Location) -> Bundle:
+def load_bundle(location: Location, backend: Backend = "torch") -> Bundle:
     """Load a bundle after checking every file against its checksum.
 
+    Args:
+        location: a directory or an `s3://` address.
+        backend: what runs the model.
+
     Raises:
-        BundleError: it is missing, damaged, of another format, or its parts do not fit together.
+        BundleError: it is missing, damaged, of another format, not made for `backend`, or its parts do not fit together.
     """
     try:
         version = open_version(location)
@@ -248,7 +271,33 @@ def load_bundle(location: Location) -> Bundle:
     _check_sizes(location, vocabularies, sizes)
     model = _check_weights(spec, weights)
     model.eval()
-    return Bundle(spec, manifest.version, model, vocabularies, items, users)
+    onnx = None if backend == "torch" else _read_onnx(path, spec, backend)
+    return Bundle(spec, manifest.version, model, vocabularies, items, users, onnx)
+
+
+def _latent_dim(spec: BundleSpec) -> int | None:
+    return spec.history.code_spec.dim if spec.history else None
+
+
+def _write_onnx(
+    folder: Path, spec: BundleSpec, model: VerticalModel, backends: Sequence[Backend]
+) -> None:
+    if not set(backends).intersection(_ONNX):
+        return
+    path = folder / _ONNX["onnx"]
+    export_onnx(model, spec.schema, _latent_dim(spec), path)
+    if "onnx_int8" in backends:
+        quantize_onnx(path, folder / _ONNX["onnx_int8"])
+
+
+def _read_onnx(folder: Path, spec: BundleSpec, backend: Backend) -> OnnxModel:
+    path = folder / _ONNX[backend]
+    if not path.is_file():
+        raise BundleError(
+            f"the bundle of VM {spec.name!r} has no {path.name} for the back end {backend!r}; name it in"
+            " `online.backends` and publish again, or serve with torch"
+        )
+    return OnnxModel(path, spec.schema, _latent_dim(spec))
 
 
 # Any: JSON trees.
@@ -327,9 +376,8 @@ def _check_sizes(
 
 def _check_weights(spec: BundleSpec, weights: Mapping[str, torch.Tensor]) -> VerticalModel:
     """Return a model of `spec` with these weights."""
-    latent_dim = spec.history.code_spec.dim if spec.history else None
     try:
-        model = build_vm(spec.vm, spec.schema, latent_dim=latent_dim)
+        model = build_vm(spec.vm, spec.schema, latent_dim=_latent_dim(spec))
         model.load_state_dict(weights)
     except (ConfigError, RuntimeError) as error:
         raise BundleError(

@@ -23,6 +23,7 @@ __all__ = [
     "MAX_KEY_CHARS",
     "MAX_REQUEST_TS",
     "MAX_SEQUENCE_VALUES",
+    "Backend",
     "BatchRequest",
     "BatchResponse",
     "ContextValue",
@@ -56,6 +57,8 @@ MAX_REQUEST_TS = 253_402_300_799_999_999
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+Backend = Literal["torch", "onnx", "onnx_int8"]
+"""What runs a model: torch, or ONNX Runtime with the weights as they are or in 8 bits."""
 Key = Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)]
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]

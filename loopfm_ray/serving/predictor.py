@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Batch, History
@@ -22,6 +21,7 @@ from loopfm_ray.serving.contract import (
     MAX_CONTEXT_FIELDS,
     MAX_ITEMS,
     MAX_KEY_CHARS,
+    Backend,
     FeatureInfo,
     ModelInfo,
     RequestError,
@@ -353,9 +353,7 @@ def _pieces(queries: Sequence[ScoreQuery]) -> Iterator[tuple[int, Sequence[Score
 
 def score_probs(bundle: Bundle, batch: Batch) -> NDArray[np.float64]:
     """Return [B] calibrated probabilities of the first task."""
-    with torch.inference_mode():
-        logit = bundle.model(batch)[:, 0].double().numpy()
-    return np.asarray(sigmoid(bundle.spec.calibration.apply(logit)))
+    return np.asarray(sigmoid(bundle.spec.calibration.apply(bundle.logits(batch))))
 
 
 def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
@@ -385,7 +383,10 @@ def check_store(bundle: Bundle, store: OnlineStore | None) -> None:
 
 
 def load_predictor(
-    bundle: Location, online: str | Path | None = None, history_timeout_s: float = 0.05
+    bundle: Location,
+    online: str | Path | None = None,
+    history_timeout_s: float = 0.05,
+    backend: Backend = "torch",
 ) -> Predictor:
     """Load the bundle at `bundle` and open the live version of its space in the online store at `online`.
 
@@ -395,12 +396,13 @@ def load_predictor(
         bundle: folder or `s3://` address of the bundle.
         online: a directory or `redis://` address; not opened for a VM without history.
         history_timeout_s: deadline of one look-up in a store behind a network.
+        backend: what runs the model.
 
     Raises:
         BundleError: the bundle is damaged, or the store is not of its space.
         StoreError: nothing is published at `online` in the space of the bundle.
     """
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle, backend)
     pin = loaded.spec.history
     if pin is None or online is None:
         return Predictor(loaded)
