@@ -23,6 +23,7 @@ __all__ = [
     "LatentHistorySource",
     "RawHistorySource",
     "known_label",
+    "lay_out_latents",
 ]
 
 # Any: pyarrow ships no types.
@@ -179,11 +180,38 @@ class LatentHistorySource:
         mask, owner, rows = _positions(start, length, self._max_len)
         asked: Ints = request_ts[owner].astype(np.int64)
         cells = _cells(self._tables, bucket[owner], rows, ("event_ts", "code", *_names(self._side)))
-        latents = np.zeros((*mask.shape, self._spec.dim), dtype=np.float32)
-        if len(rows):
-            latents[mask] = decode(cells["code"], self._spec)
-        age_s = _ages(mask, asked - cells["event_ts"])
+        age_s, latents = _latents(mask, asked - cells["event_ts"], cells["code"], self._spec)
         return Gathered(mask, age_s, latents=latents, **_side(self._side, mask, cells, asked))
+
+
+def lay_out_latents(
+    length: Ints, age_us: Ints, codes: NDArray[np.uint8], spec: CodeSpec
+) -> Gathered:
+    """Return G histories side by side, as `LatentHistorySource.gather` gives them.
+
+    Args:
+        length: [G] events of each.
+        age_us: [N] age of each event at its request, history after history, oldest first.
+        codes: [N, bytes] their codes.
+        spec: how the codes were made.
+    """
+    width = max(1, int(length.max())) if len(length) else 1
+    mask = np.arange(width) < length[:, None]
+    age_s, latents = _latents(mask, age_us, codes, spec)
+    return Gathered(mask, age_s, latents=latents)
+
+
+def _latents(
+    mask: NDArray[np.bool_], age_us: Ints, codes: NDArray[np.uint8], spec: CodeSpec
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return ages [G, L] in seconds and latents [G, L, D] of the true cells of `mask`, which come in order; 0 elsewhere."""
+    if mask.all():
+        latents = decode(codes, spec).reshape(*mask.shape, spec.dim)
+    else:
+        latents = np.zeros((*mask.shape, spec.dim), dtype=np.float32)
+        if len(codes):
+            latents[mask] = decode(codes, spec)
+    return _ages(mask, age_us), latents
 
 
 def known_label(label: NDArray[Any], label_ts: Ints, request_ts: Ints) -> Ints:

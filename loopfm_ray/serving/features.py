@@ -6,22 +6,22 @@ counts the user's past has none: the store does not hold what it counts, and no 
 to give it.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from loopfm_ray.data.collate import Batch, Collator, History, LatentHistorySource
+from loopfm_ray.data.collate import Batch, Collator, History
 from loopfm_ray.data.derive import derive_context
+from loopfm_ray.data.history_sources import lay_out_latents
 from loopfm_ray.data.schema import Field, Kind, Side
 from loopfm_ray.serving.bundle import Bundle, HistoryPin
 from loopfm_ray.serving.contract import ContextValue, RequestError, ScoreQuery
 from loopfm_ray.store.online import UserHistory, is_cut, visible_slice
-from loopfm_ray.store.tables import code_column
 from loopfm_ray.types import MICROS_PER_S, UNKNOWN_ID
 
 __all__ = ["FeatureBuilder", "HistoryRead", "RequestFeatures", "read_histories"]
@@ -29,6 +29,8 @@ __all__ = ["FeatureBuilder", "HistoryRead", "RequestFeatures", "read_histories"]
 Column = NDArray[Any]
 """[B] or [B, S] values of one field."""
 _ZERO = np.zeros(1, dtype=np.int64)
+_NUMBERS = frozenset((int, float))
+"""The types of a number; a truth value is none."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,12 @@ def read_histories(
         for one, rows in zip(found, seen, strict=True)
         if one is not None
     ]
-    width = pin.code_spec.num_bytes
     event_ts = np.concatenate([_ZERO[:0], *(times for times, _ in parts)])
-    codes = np.concatenate([np.zeros((0, width), np.uint8), *(part for _, part in parts)])
-    table = pa.table({"event_ts": event_ts, "code": code_column(codes)})
-    source = LatentHistorySource({0: table}, pin.code_spec, pin.max_len)
+    no_codes = np.zeros((0, pin.code_spec.num_bytes), np.uint8)
+    codes = np.concatenate([no_codes, *(part for _, part in parts)])
+    asked = np.repeat(np.asarray(request_ts, dtype=np.int64), lengths)
+    gathered = lay_out_latents(lengths, asked - event_ts, codes, pin.code_spec)
     starts = np.cumsum(lengths) - lengths
-    times = np.asarray(request_ts, dtype=np.int64)
-    gathered = source.gather(np.zeros_like(lengths), starts, lengths, times)
     assert gathered.latents is not None
     history = History(
         row=torch.from_numpy(np.repeat(np.arange(len(lengths)), num_rows)),
@@ -142,7 +142,7 @@ class FeatureBuilder:
         sizes = [len(query.items) for query in queries]
         users = self._encode("user", [query.user for query in queries])
         items = self._encode("item", [item for query in queries for item in query.items])
-        columns: dict[str, list[Column]] = {name: [] for name in self._fields}
+        columns: dict[str, list[Any]] = {name: [] for name in self._fields}
         lacks: list[tuple[list[str], tuple[str, ...]]] = []
         for index, query in enumerate(queries):
             try:
@@ -159,7 +159,10 @@ class FeatureBuilder:
             ),
         }
         rows |= {task: np.zeros(total, dtype=np.float32) for task in self._tasks}
-        rows |= {name: _stack(parts) for name, parts in columns.items()}
+        for name, parts in columns.items():
+            field = self._fields[name]
+            is_number = field.kind == Kind.NUMERIC
+            rows[name] = _scaled(field, parts, sizes) if is_number else _stack(parts)
         unknown_items = np.add.reduceat(items == UNKNOWN_ID, np.cumsum([0, *sizes[:-1]]))
         features = [
             RequestFeatures(
@@ -173,9 +176,12 @@ class FeatureBuilder:
         return self._collator(rows), features
 
     def _add_context(
-        self, query: ScoreQuery, columns: Mapping[str, list[Column]]
+        self, query: ScoreQuery, columns: Mapping[str, list[Any]]
     ) -> tuple[list[str], tuple[str, ...]]:
-        """Add the columns of one query; return its fields of unknown value, and those left out."""
+        """Add what one query has for each field; return its fields of unknown value, and those left out.
+
+        A column is added, or the numbers of a numeric field as they were given.
+        """
         self._check_names(query)
         given: dict[str, ContextValue] = {
             **query.context,
@@ -222,10 +228,10 @@ class FeatureBuilder:
 
     def _column(
         self, field: Field, value: ContextValue | None, num_rows: int
-    ) -> tuple[Column, bool]:
+    ) -> tuple[Column | list[float], bool]:
         """Return the column of a field, and whether its value is known (a default counts as known)."""
         if field.kind == Kind.NUMERIC:
-            return _number_column(field, value, num_rows), True
+            return _numbers(field, value, num_rows), True
         if field.kind == Kind.SEQUENCE:
             return self._sequence_column(field, value, num_rows)
         if value is None:
@@ -257,20 +263,30 @@ def _stack(parts: Sequence[Column]) -> Column:
     return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
 
 
-def _number_column(field: Field, value: ContextValue | None, num_rows: int) -> Column:
+def _numbers(field: Field, value: ContextValue | None, num_rows: int) -> list[float]:
+    """Return the number of each row as it was given; what is left out is the mean."""
     if value is None:
-        return np.zeros(num_rows, dtype=np.float32)  # standardised: the mean
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, str | bool) for one in values):
+        return [field.mean] * num_rows
+    values: list[Any] = value if isinstance(value, list) else [value] * num_rows
+    if not _NUMBERS.issuperset(map(type, values)):
         raise RequestError(f"context field {field.name!r} takes a number, or one for each item")
-    if len(values) not in (1, num_rows) or (isinstance(value, list) and len(values) != num_rows):
+    if len(values) != num_rows:
         raise RequestError(
             f"context field {field.name!r} has {len(values)} numbers for {num_rows} items; give one for all, or one"
             " for each item"
         )
+    return values
+
+
+def _scaled(field: Field, parts: Sequence[list[float]], sizes: Sequence[int]) -> Column:
+    """Return [B] float32: the numbers of all queries as the model reads them."""
+    values = np.asarray(list(itertools.chain.from_iterable(parts)), dtype=np.float64)
     with np.errstate(over="ignore"):
-        scaled = (np.asarray(values, dtype=np.float64) - field.mean) / field.std
-        column = scaled.astype(np.float32)
-    if not np.isfinite(column).all():
-        raise RequestError(f"context field {field.name!r} is too large a number for this model")
-    return np.broadcast_to(column, num_rows).copy()
+        column = ((values - field.mean) / field.std).astype(np.float32)
+    is_bad = ~np.isfinite(column)
+    if is_bad.any():
+        index = int(np.searchsorted(np.cumsum(sizes), np.flatnonzero(is_bad)[0], side="right"))
+        raise RequestError(
+            f"context field {field.name!r} is too large a number for this model", index
+        )
+    return column
