@@ -8,6 +8,7 @@
     |- ShapeError (ValueError)      tensors or columns do not fit together
     |- MetricError (ValueError)     a metric is undefined on these rows
     |- StoreError (RuntimeError)    a dataset version is missing, damaged or does not match
+    |  '- UnreachableError          the server that holds it does not answer
     |- BundleError (RuntimeError)   a bundle can not be loaded or does not match its features
     '- JobError (RuntimeError)      a Ray program failed
 
@@ -26,6 +27,7 @@ __all__ = [
     "SchemaError",
     "ShapeError",
     "StoreError",
+    "UnreachableError",
 ]
 
 
@@ -66,6 +68,10 @@ class MetricError(LoopFMError, ValueError):
 
 class StoreError(LoopFMError, RuntimeError):
     """A dataset version is missing, damaged or does not match."""
+
+
+class UnreachableError(StoreError):
+    """A server that holds versions does not answer, or not in time."""
 
 
 class BundleError(LoopFMError, RuntimeError):

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.data.joined import USER_SOURCE
 from loopfm_ray.data.schema import Field, Kind, Side
-from loopfm_ray.errors import BundleError, StoreError
+from loopfm_ray.errors import BundleError, StoreError, UnreachableError
 from loopfm_ray.metrics.binary import sigmoid
+from loopfm_ray.serving.breaker import Breaker
 from loopfm_ray.serving.bundle import Bundle, HistoryPin, load_bundle
 from loopfm_ray.serving.contract import (
     MAX_BODY_BYTES,
@@ -50,6 +52,8 @@ _MAX_ROWS = 8192
 """Rows of one pass through the model."""
 STORE_FAILED = "store_failed"
 """Reason of a history that is missing because the store did not answer in time, or wrongly."""
+STORE_PAUSED = "store_paused"
+"""Reason of a history that is missing because the store was not asked: it had not answered several times before."""
 
 
 @dataclass
@@ -112,6 +116,7 @@ class Predictor:
         bundle: Bundle,
         store: OnlineStore | None = None,
         source: StoreSource | None = None,
+        breaker: Breaker | None = None,
     ) -> None:
         """Take a loaded bundle and, for a VM that reads a history, a store of its space.
 
@@ -119,6 +124,7 @@ class Predictor:
             bundle: what scores.
             store: any version of the space that the VM was trained in.
             source: asked by `reload` for a newer one; None keeps `store` for good.
+            breaker: holds requests back from a store that does not answer; None makes one.
 
         Raises:
             BundleError: the store is missing or of another space.
@@ -127,6 +133,7 @@ class Predictor:
         self.bundle = bundle
         self._store = store
         self._source = source
+        self._breaker = breaker or Breaker(time.monotonic)
         self._builder = FeatureBuilder(bundle)
         self._lock = threading.Lock()
         self._reload_lock = threading.Lock()
@@ -308,22 +315,33 @@ class Predictor:
     def _read_histories(
         self, store: OnlineStore, queries: Sequence[ScoreQuery], pin: HistoryPin
     ) -> tuple[History, list[HistoryRead]]:
-        found: list[UserHistory | None] = [None] * len(queries)
-        is_failed = False
-        try:
-            found = store.get_many([query.user for query in queries])
-        except StoreError as error:
-            is_failed = True
-            logger.warning("no history for %d requests, the store failed: %s", len(queries), error)
+        found, failure = self._find([query.user for query in queries], store)
         history, reads = read_histories(
             found,
             pin,
             [query.request_ts for query in queries],
             [len(query.items) for query in queries],
         )
-        if is_failed:
-            reads = [HistoryRead(0, None, STORE_FAILED)] * len(queries)
+        if failure is not None:
+            reads = [HistoryRead(0, None, failure)] * len(queries)
         return history, reads
+
+    def _find(
+        self, users: Sequence[str], store: OnlineStore
+    ) -> tuple[list[UserHistory | None], str | None]:
+        """Return what the store has of each user, and why it has nothing of anyone, if it failed."""
+        nothing: list[UserHistory | None] = [None] * len(users)
+        if not self._breaker.allows():
+            return nothing, STORE_PAUSED
+        try:
+            found = store.get_many(users)
+        except StoreError as error:
+            if isinstance(error, UnreachableError):
+                self._breaker.failed()
+            logger.warning("no history for %d requests, the store failed: %s", len(users), error)
+            return nothing, STORE_FAILED
+        self._breaker.succeeded()
+        return found, None
 
     def _count(self, scored: Scored) -> None:
         features, reason = scored.features, scored.history.reason if scored.history else None
@@ -336,7 +354,7 @@ class Predictor:
             counters.unknown_values += len(features.unknown_fields)
             counters.default_values += len(features.default_fields)
             counters.history_misses += reason is not None
-            counters.store_failures += reason == STORE_FAILED
+            counters.store_failures += reason in (STORE_FAILED, STORE_PAUSED)
 
 
 def _pieces(queries: Sequence[ScoreQuery]) -> Iterator[tuple[int, Sequence[ScoreQuery]]]:

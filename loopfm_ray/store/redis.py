@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from loopfm_ray.errors import StoreError
+from loopfm_ray.errors import StoreError, UnreachableError
 from loopfm_ray.store.online import NUM_KEPT, UserHistory, unpack_history
 
 __all__ = ["RedisStore", "RedisTarget", "connect"]
@@ -220,6 +220,10 @@ def _errors() -> Iterator[None]:
 
     try:
         yield
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise UnreachableError(
+            f"Redis failed: {type(error).__name__}: {error}; check that the server runs and can be reached"
+        ) from error
     except redis.RedisError as error:
         raise StoreError(
             f"Redis failed: {type(error).__name__}: {error}; check that the server runs and has memory left"
