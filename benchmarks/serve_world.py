@@ -14,7 +14,7 @@ import torch
 from loopfm_ray.data.config import SplitConfig, SyntheticConfig
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.models.dcnv2 import DcnV2Config
+from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig
 from loopfm_ray.models.registry import build_vm
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
@@ -71,7 +71,7 @@ def write_world(folder: Path, num_users: int) -> World:
 def _write_bundle(path: Path, data: PreparedData) -> None:
     schema = data.schema_as_of(data.log_range[1])
     history = HistoryInputs({"user": LatentHistoryConfig()})
-    config = DcnV2Config(embed_dim=8, hidden=(128, 64), history=history)
+    config = DnnConfig(embed_dim=8, hidden=(128, 64), history=history)
     torch.manual_seed(0)
     model = build_vm(config, schema, latent_dim=LATENT_DIM)
     pin = HistoryPin(space(), _VERSION, MAX_LEN)
@@ -80,7 +80,7 @@ def _write_bundle(path: Path, data: PreparedData) -> None:
     )
     spec = BundleSpec("vm", config, schema, history=pin, derive=derive)
     version = data.manifest.version
-    save_bundle(path, spec, model, data, {"prepared": version})
+    save_bundle(path, spec, model, data, {"prepared": version}, ("torch", "onnx", "onnx_int8"))
 
 
 def histories(num_users: int, request_ts: int) -> Iterator[tuple[str, bytes]]:

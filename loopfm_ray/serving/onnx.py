@@ -4,7 +4,10 @@ The graph takes requests of equally many items, so that the rows of a history ar
 R requests of C items each, with histories of L events. `OnnxModel` cuts the rows of a batch into such blocks.
 """
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,16 +110,17 @@ def export_onnx(
     try:
         import onnxscript  # noqa: F401  # torch needs it and says so late
 
-        program = torch.onnx.export(
-            blocks,
-            tuple(torch.from_numpy(sample[name]) for name in signature.names),
-            dynamo=True,
-            input_names=signature.names,
-            output_names=["logit"],
-            dynamic_shapes=_dynamic(signature),
-            opset_version=_OPSET,
-            verbose=False,
-        )
+        with _quiet():
+            program = torch.onnx.export(
+                blocks,
+                tuple(torch.from_numpy(sample[name]) for name in signature.names),
+                dynamo=True,
+                input_names=signature.names,
+                output_names=["logit"],
+                dynamic_shapes=_dynamic(signature),
+                opset_version=_OPSET,
+                verbose=False,
+            )
         program.save(path)  # type: ignore[union-attr]  # a program, as it is made by dynamo
     except ImportError as error:
         raise BundleError(f"exporting to ONNX takes the extra `onnx`: {error}") from error
@@ -140,14 +144,28 @@ def quantize_onnx(path: Path, target: Path) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise BundleError(f"quantising takes the extra `onnx`: {error}") from error
-    quantize_dynamic(
-        path,
-        target,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    with _quiet():
+        quantize_dynamic(
+            path,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter tells of itself from the user; its errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class OnnxModel:
