@@ -6,7 +6,6 @@
 import argparse
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,15 +16,24 @@ from typing import Any
 
 import numpy as np
 from machine import describe_machine
-from serve_world import MAX_LEN, World, space, write_histories, write_world
+from serve_load import free_port
+from serve_world import (
+    CANDIDATES,
+    LIBRARIES,
+    MAX_LEN,
+    World,
+    score_bodies,
+    space,
+    write_histories,
+    write_world,
+)
 
 from loopfm_ray.store.codes import decode
 from loopfm_ray.store.online import OnlineStore, visible_slice
 from loopfm_ray.store.target import open_current
 
 HERE = Path(__file__).parent
-LIBRARIES = ("ray", "torch", "onnxruntime", "uvicorn", "fastapi", "lmdb", "redis")
-CONCURRENCY, CANDIDATES, BATCH_USERS = 16, 50, 128
+CONCURRENCY, BATCH_USERS = 16, 128
 Record = dict[str, Any]  # Any: JSON
 
 
@@ -58,27 +66,6 @@ def measure_pipelined(store: OnlineStore, world: World, batches: int) -> Record:
         found = store.get_many(users)
         decode(np.concatenate([one.codes for one in found]), spec)
     return {"users_per_s": batches * BATCH_USERS / (time.perf_counter() - began)}
-
-
-def score_bodies(world: World, num: int) -> list[dict[str, Any]]:
-    """Return requests of random users with random candidates."""
-    rng = np.random.default_rng(4)
-    past = ("past_count_item", "past_recency_item", "past_count_topic", "past_recency_topic")
-    return [
-        {
-            "user": f"u{int(rng.integers(0, world.num_users)):08d}",
-            "request_ts": int(world.request_ts),
-            "items": [world.items[n] for n in rng.integers(0, len(world.items), CANDIDATES)],
-            "context": {name: rng.integers(0, 9, CANDIDATES).tolist() for name in past},
-        }
-        for _ in range(num)
-    ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ a machine with few cores the client takes little of them. `python serve_load.py`
 import argparse
 import asyncio
 import json
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,13 @@ class Connection:
         if self._writer is not None:
             self._writer.close()
         self._writer = self._reader = None
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def http_request(path: str, body: bytes, host: str, headers: dict[str, str]) -> bytes:

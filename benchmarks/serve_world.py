@@ -4,9 +4,10 @@ The log, the schema and the bundle are made by the library's own steps; what the
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig
 from loopfm_ray.models.registry import build_vm
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
+from loopfm_ray.serving.contract import Backend
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.online import UserHistory, pack_history
 from loopfm_ray.store.space import Space
@@ -25,7 +27,9 @@ from loopfm_ray.store.target import open_target
 
 LATENT_DIM, BITS, MAX_LEN = 32, 4, 50
 NUM_ITEMS = 20_000
-_VERSION = "benchmark"
+CANDIDATES = 50
+LIBRARIES = ("ray", "torch", "onnxruntime", "uvicorn", "fastapi", "lmdb", "redis")
+VERSION = "benchmark"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def write_world(folder: Path, num_users: int) -> World:
     data = PreparedData.open(folder / "prepared")
     request_ts = data.log_range[1]
     if not (folder / "bundle").exists():
-        _write_bundle(folder / "bundle", data)
+        write_bundle(folder / "bundle", data, ("torch", "onnx", "onnx_int8"))
     online = folder / "online"
     if not online.exists():
         write_histories(online, num_users, request_ts)
@@ -68,24 +72,25 @@ def write_world(folder: Path, num_users: int) -> World:
     return World(folder / "bundle", online, num_users, request_ts, list(items))
 
 
-def _write_bundle(path: Path, data: PreparedData) -> None:
+def write_bundle(
+    path: Path, data: PreparedData, backends: Sequence[Backend], seed: int = 0
+) -> None:
+    """Write a bundle with random weights."""
     schema = data.schema_as_of(data.log_range[1])
     history = HistoryInputs({"user": LatentHistoryConfig()})
     config = DnnConfig(embed_dim=8, hidden=(128, 64), history=history)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build_vm(config, schema, latent_dim=LATENT_DIM)
-    pin = HistoryPin(space(), _VERSION, MAX_LEN)
-    derive = tuple(
-        name for name in ("hour", "weekday") if any(f.name == name for f in schema.fields)
-    )
+    pin = HistoryPin(space(), VERSION, MAX_LEN)
+    names = {field.name for field in schema.fields}
+    derive = tuple(name for name in ("hour", "weekday") if name in names)
     spec = BundleSpec("vm", config, schema, history=pin, derive=derive)
-    version = data.manifest.version
-    save_bundle(path, spec, model, data, {"prepared": version}, ("torch", "onnx", "onnx_int8"))
+    save_bundle(path, spec, model, data, {"prepared": data.manifest.version}, backends)
 
 
-def histories(num_users: int, request_ts: int) -> Iterator[tuple[str, bytes]]:
+def histories(num_users: int, request_ts: int, seed: int = 3) -> Iterator[tuple[str, bytes]]:
     """Yield the record of every user: 50 events with random codes, an hour apart."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     width = space().code_spec.num_bytes
     hours = 3_600_000_000 * np.arange(MAX_LEN + 1, 1, -1, dtype=np.int64)
     for start in range(0, num_users, 10_000):
@@ -97,14 +102,31 @@ def histories(num_users: int, request_ts: int) -> Iterator[tuple[str, bytes]]:
             yield f"u{start + n:08d}", pack_history(found)
 
 
-def write_histories(target: Path | str, num_users: int, request_ts: int) -> float:
-    """Publish the histories at `target`; return the seconds."""
+def write_histories(
+    target: Path | str, num_users: int, request_ts: int, version: str = VERSION, seed: int = 3
+) -> float:
+    """Publish the histories at `target` and return the seconds."""
     began = time.perf_counter()
-    meta = {**space().to_meta(), "latents_version": _VERSION, "max_events_per_user": None}
+    meta = {**space().to_meta(), "latents_version": version, "max_events_per_user": None}
     opened = open_target(target)
     try:
-        records = histories(num_users, request_ts)
-        opened.write(meta["space"], _VERSION, records, meta, num_users * 8192 + (16 << 20))
+        records = histories(num_users, request_ts, seed)
+        opened.write(meta["space"], version, records, meta, num_users * 8192 + (16 << 20))
     finally:
         opened.close()
     return time.perf_counter() - began
+
+
+def score_bodies(world: World, num: int) -> list[dict[str, Any]]:
+    """Return requests of random users with random candidates."""
+    rng = np.random.default_rng(4)
+    past = ("past_count_item", "past_recency_item", "past_count_topic", "past_recency_topic")
+    return [
+        {
+            "user": f"u{int(rng.integers(0, world.num_users)):08d}",
+            "request_ts": int(world.request_ts),
+            "items": [world.items[n] for n in rng.integers(0, len(world.items), CANDIDATES)],
+            "context": {name: rng.integers(0, 9, CANDIDATES).tolist() for name in past},
+        }
+        for _ in range(num)
+    ]
