@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-BENCHMARKS := history_join latents_size materialize random_reads
+BENCHMARKS := history_join latents_size materialize random_reads serve soak_serve
 
-.PHONY: demo test test-slow unit setup fmt lint type bench bench-feast golden ci clean
+.PHONY: demo test test-slow unit setup fmt lint type bench bench-feast bench-feast-online soak fuzz golden ci clean
 
 demo: setup  ## the whole loop on real data, to a served score and a report
 	$(BIN)/loopfm demo $(ARGS)
@@ -48,6 +48,15 @@ bench: setup  ## figures against their peers, as JSON
 bench-feast: setup .venv-feast/.installed  ## the history join with Feast's Ray store in the same run
 	$(BIN)/python benchmarks/history_join.py --json --no-growth --events 400000 --requests 5000 --users 2000 \
 		--feast-python .venv-feast/bin/python $(ARGS)
+
+bench-feast-online: setup .venv-feast/.installed  ## reads of histories with Feast's online store in the same run
+	$(BIN)/python benchmarks/serve.py --json --contenders '' --feast-python .venv-feast/bin/python $(ARGS)
+
+soak: setup  ## ten minutes of load on the scoring service with everything in it that happens to one
+	$(BIN)/python benchmarks/soak_serve.py --json $(ARGS)
+
+fuzz: setup  ## thousands of generated requests against the contract
+	LOOPFM_FUZZ_EXAMPLES=700 $(BIN)/pytest tests/serving/test_fuzz.py -q $(ARGS)
 
 .venv-feast/.installed: benchmarks/feast-requirements.txt
 	test -x .venv-feast/bin/python || $(BIN)/uv venv --python $(BIN)/python .venv-feast

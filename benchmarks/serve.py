@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from machine import describe_machine
 from serve_load import free_port
 from serve_world import (
@@ -22,6 +23,7 @@ from serve_world import (
     LIBRARIES,
     MAX_LEN,
     World,
+    histories,
     score_bodies,
     space,
     write_histories,
@@ -29,7 +31,7 @@ from serve_world import (
 )
 
 from loopfm_ray.store.codes import decode
-from loopfm_ray.store.online import OnlineStore, visible_slice
+from loopfm_ray.store.online import OnlineStore, unpack_history, visible_slice
 from loopfm_ray.store.target import open_current
 
 HERE = Path(__file__).parent
@@ -66,6 +68,43 @@ def measure_pipelined(store: OnlineStore, world: World, batches: int) -> Record:
         found = store.get_many(users)
         decode(np.concatenate([one.codes for one in found]), spec)
     return {"users_per_s": batches * BATCH_USERS / (time.perf_counter() - began)}
+
+
+def measure_feast(args: argparse.Namespace, folder: Path, world: World) -> Record:
+    """Let Feast hold the histories of some users and return its reads."""
+    rows: dict[str, list[Any]] = {"user": [], "event_ts": [], "available_ts": [], "codes": []}
+    for user, record in histories(args.feast_users, world.request_ts):
+        found = unpack_history(record)
+        rows["user"].append(user)
+        rows["event_ts"].append(found.event_ts)
+        rows["available_ts"].append(found.available_ts)
+        rows["codes"].append(found.codes.tobytes())
+    table = pa.table(rows)
+    path = folder / "histories.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    command = [str(args.feast_python), str(HERE / "feast_online.py"), str(path)]
+    command += ["--batch", str(BATCH_USERS)]
+    if args.redis:
+        command += ["--redis", args.redis.removeprefix("redis://").partition("/")[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return dict(json.loads(line[7:]))
+    raise SystemExit(f"Feast failed: {done.stderr[-2000:]}")
+
+
+def read_ratios(reads: Record) -> Record:
+    """Return our reads a second / Feast's, one user at a time and in batches, by store."""
+    feast = reads.get("feast", {})
+    out: Record = {}
+    for ours, theirs in (("lmdb", "sqlite"), ("redis", "redis")):
+        if ours in reads and theirs in feast:
+            one = feast[theirs]["one"]["p50_us"] / reads[ours]["p50_us"]
+            batch = reads[ours]["users_per_s"] / feast[theirs]["batch"]["users_per_s"]
+            out[f"ratio_vs_feast_{theirs}_one"] = one
+            out[f"ratio_vs_feast_{theirs}_batch"] = batch
+    return out
 
 
 @contextlib.contextmanager
@@ -211,9 +250,12 @@ def report(args: argparse.Namespace, folder: Path) -> Record:
         reads["redis"] = measure_reads(redis, small, args.reads // 10)
         reads["redis"] |= measure_pipelined(redis, small, 200)
         redis.close()
+    if args.feast_python:
+        reads["feast"] = measure_feast(args, folder, world)
     found = measure_contenders(args, folder, world) if args.contenders else {}
     return {
         **ratios(found),
+        **read_ratios(reads),
         "reads": reads,
         "contenders": found,
         "sizes": {
@@ -236,6 +278,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
     parser.add_argument("--redis", help="redis:// address of a server that may be written to")
     parser.add_argument("--redis-users", type=int, default=100_000)
+    parser.add_argument("--feast-python", type=Path, help="of an environment with feast")
+    parser.add_argument("--feast-users", type=int, default=20_000)
     parser.add_argument(
         "--contenders",
         default="uvicorn:torch,uvicorn:onnx,serve:onnx,haproxy:onnx",
