@@ -8,7 +8,6 @@ more than it gives; a replica is one process.
 import logging
 import time
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,19 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loopfm_ray.serving.answering import (
-    BodyT,
     Refusal,
     Scorer,
     admit,
     answer_batch,
     answer_score,
-    check_contract,
-    check_size,
     describe,
     is_ready,
     present,
-    request_id_of,
 )
+from loopfm_ray.serving.bodies import read_body, request_id_for
 from loopfm_ray.serving.contract import (
     BatchRequest,
     BatchResponse,
@@ -39,6 +35,7 @@ from loopfm_ray.serving.contract import (
     ScoreResponse,
 )
 from loopfm_ray.serving.keys import Gate
+from loopfm_ray.serving.page import Page
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
@@ -56,17 +53,20 @@ def create_api(
     scorer: Scorer | None = None,
     clock: Callable[[], int] = now_ts,
     gate: Gate | None = None,
+    page: Page | None = None,
 ) -> FastAPI:
     """Build the application.
 
     Args:
         scorer: what scores; None makes a service that is alive but not ready. `app.state.scorer` sets it later.
         clock: microseconds UTC for requests that carry no time.
-        gate: knows the keys that every path but the probes then asks for; None asks for none.
+        gate: knows the keys that every path but the probes and the files of the page then asks for; None asks for none.
+        page: the page at `/ui`; None serves none.
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
     if gate is not None:
-        app.add_middleware(_Guard, gate=gate, open_paths=_OPEN_PATHS)
+        open_paths = (*_OPEN_PATHS, *(page.open_paths if page else ()))
+        app.add_middleware(_Guard, gate=gate, open_paths=open_paths)
     app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
@@ -97,6 +97,8 @@ def create_api(
         responses=_PROBLEMS,
         openapi_extra={"requestBody": {"required": True, "content": _content(BatchRequest)}},
     )
+    if page is not None:
+        page.add_to(app)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -156,23 +158,6 @@ def _reply(found: BaseModel, request_id: str) -> Response:
     return Response(found.model_dump_json(), media_type="application/json", headers=headers)
 
 
-async def read_body(request: Request, contract: type[BodyT]) -> BodyT:
-    """Read a body and check it against its contract.
-
-    Raises:
-        Refusal: there is no model yet, or the body is of another type, too long, or does not fit.
-    """
-    present(request.app.state.scorer)
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0]
-    if content_type.strip().lower() != "application/json":
-        raise Refusal(415, "send application/json")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        check_size(len(body))
-    return check_contract(partial(contract.model_validate_json, bytes(body)))
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     return _problem(request, error)
@@ -209,15 +194,6 @@ def _problem(request: Request, refusal: Refusal) -> Response:
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (400, 401, 404, 413, 415, 422, 429, 503)
 }
-
-
-def request_id_for(request: Request) -> str:
-    """Return the caller's `x-request-id` when it is short and plain, else a new one; the same for one request."""
-    known: str | None = getattr(request.state, "request_id", None)
-    if known is None:
-        known = request_id_of(request.headers.get("x-request-id", ""))
-        request.state.request_id = known
-    return known
 
 
 def _content(model: type[BaseModel]) -> dict[str, Any]:

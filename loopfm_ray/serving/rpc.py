@@ -50,6 +50,7 @@ _CODES = {
     413: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -79,7 +80,11 @@ class ScoringServicer:
     """Answers `loopfm.scoring.v1.Scoring` and `grpc.health.v1.Health/Check`. Threads may share it."""
 
     def __init__(
-        self, scorer: Scorer | None, clock: Callable[[], int], gate: Gate | None = None
+        self,
+        scorer: Scorer | None,
+        clock: Callable[[], int],
+        gate: Gate | None = None,
+        is_offered: bool = True,
     ) -> None:
         """Take what scores.
 
@@ -87,8 +92,10 @@ class ScoringServicer:
             scorer: None makes a service that is alive but not ready; the attribute may be set later.
             clock: microseconds UTC for requests that carry no time.
             gate: knows the keys that every method but the health check then asks for; None asks for none.
+            is_offered: False answers every call that it is not implemented, whoever routes calls here.
         """
         self.scorer, self._clock, self._gate = scorer, clock, gate
+        self._is_offered = is_offered
 
     # The names are those of the proto file.
     def Score(self, request: wire.ScoreRequest, context: CallContext) -> wire.ScoreResponse:  # noqa: N802
@@ -170,6 +177,8 @@ class ScoringServicer:
         request_id = request_id_of(str(given.get("x-request-id", "")))
         trailing: list[tuple[str, str | bytes]] = [("x-request-id", request_id)]
         try:
+            if not self._is_offered:
+                raise Refusal(501, "not offered over gRPC; set grpc_port of the serve config")
             admit(self._gate, str(given.get("authorization", "")))
             check_size(sent.ByteSize())
             _check_known(sent)
