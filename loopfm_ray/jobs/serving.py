@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import ray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from ray import serve
 from ray.serve import Application
@@ -20,6 +21,7 @@ from ray.serve import Application
 from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.errors import BundleError, ConfigError
+from loopfm_ray.jobs.replica_port import keep_on_loopback
 from loopfm_ray.serving.api import Scorer, create_api, now_ts
 from loopfm_ray.serving.exposure import (
     TlsConfig,
@@ -303,6 +305,7 @@ class _Replica:
 
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
         log.setup(config.log_level)
+        keep_on_loopback(ray.util.get_node_ip_address())
         config.check_doors(_http_host())
         self._config, self._gate = config, config.gate()
         self._scorer = loader(config)

@@ -119,7 +119,7 @@ function markUser() {
 function fillMoments() {
   const watermark = described.variants.stable.features.watermark_ts;
   const choices = [["now", "Now"], ["other", "Another moment"]];
-  if (watermark !== null) choices.splice(1, 0, ["watermark", `Last published (${moment(watermark)})`]);
+  if (watermark !== null) choices.splice(1, 0, ["watermark", `Last published, ${moment(watermark).slice(0, 10)}`]);
   find("when").replaceChildren();
   for (const [value, text] of choices) {
     const option = element("option", text);
@@ -214,9 +214,11 @@ function showCandidates(items, found) {
   const headRows = element("thead");
   headRows.append(head);
   table.replaceChildren(headRows, body);
-  find("candidates-note").textContent = plain
-    ? `The best ${top.length} of ${items.length} candidates by the score with history; the lighter bar is without.`
+  const note = find("candidates-note");
+  note.textContent = plain
+    ? `The best ${top.length} of ${items.length} candidates by the score with history.`
     : `The best ${top.length} of ${items.length} candidates. This model reads no history.`;
+  if (plain) note.append(element("span", " The gray bar is the score without.", "bars-column"));
 }
 
 function candidate(row, rank, largest) {
