@@ -291,11 +291,21 @@ def config(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Check this machine: packages, cores, memory, shared memory, disk, Ray settings; each line says what to do."""
+def doctor(
+    serve_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--serve",
+            metavar="FILE",
+            help="A serve config or deployment file, whose doors and key files are looked at; may be repeated.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine: packages, memory, disk, Ray settings, open ports, key files; each line says what to do."""
     from loopfm_ray.jobs.doctor import examine
 
-    findings = examine()
+    findings = examine(serve_files or ())
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
     else:

@@ -68,12 +68,20 @@ def _owners(proc: Path, inodes: set[str]) -> Iterator[tuple[str, tuple[int, str]
         if not folder.name.isdecimal():
             continue
         try:
-            links = [str(link.readlink()) for link in (folder / "fd").iterdir()]
+            links = list((folder / "fd").iterdir())
             command = (folder / "cmdline").read_bytes()
         except OSError:  # another user's, or gone by now
             continue
         text = command.replace(b"\0", b" ").decode(errors="replace").strip()
         for link in links:
-            match = _SOCKET.fullmatch(link)
+            match = _SOCKET.fullmatch(_target(link))
             if match and match[1] in inodes:
                 yield match[1], (int(folder.name), text)
+
+
+def _target(link: Path) -> str:
+    """Return where a link points; empty when it is gone, as that of the very folder that was listed."""
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
