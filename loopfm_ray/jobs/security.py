@@ -114,8 +114,11 @@ def _services(path: Path) -> Iterator[_Service]:
 def _exposure(service: _Service) -> Finding:
     from loopfm_ray.jobs.serving import ServeConfig
 
+    settings = dict(service.settings)
+    if not any(settings.get(name) for name in ("bundle", "rollouts", "models")):
+        settings["bundle"] = "that of the run"  # a file for `loopfm serve --with`
     try:
-        config = ServeConfig.model_validate(service.settings)
+        config = ServeConfig.model_validate(settings)
         config.check_doors(service.host)
     except (ConfigError, ValueError) as error:
         return Finding(
