@@ -269,16 +269,30 @@ def freshness(
 def serve(
     config: ConfigArgument = None,
     overrides: SetOption = None,
-    port: Annotated[int, typer.Option(help="Port on loopback.", min=1, max=65535)] = 8000,
+    port: Annotated[
+        int | None,
+        typer.Option(help="Port of HTTP; 8000 if nothing else is set.", min=1, max=65535),
+    ] = None,
+    with_settings: Annotated[
+        Path | None,
+        typer.Option(
+            "--with",
+            metavar="FILE",
+            help="YAML with other keys of the serve config: host, api_keys, tls, grpc_port, ui, num_replicas, ...",
+        ),
+    ] = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Serve the run's VM with its published histories over HTTP until Ctrl-C."""
+    """Serve the run's VM with its published histories over HTTP, on loopback if nothing else is set, until Ctrl-C."""
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.scoring import serve_forever
+    from loopfm_ray.jobs.serving import ServeConfig
 
-    serve_forever(
-        settings, port, lambda url: typer.echo(f"models at {url}/v1/models, docs at {url}/docs")
-    )
+    def announce(url: str, served: ServeConfig) -> None:
+        page = f", a page to look at at {url}/ui" if served.has_ui else ""
+        typer.echo(f"models at {url}/v1/models, docs at {url}/docs{page}")
+
+    serve_forever(settings, port, announce, with_settings)
 
 
 @app.command()
@@ -291,11 +305,21 @@ def config(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Check this machine: packages, cores, memory, shared memory, disk, Ray settings; each line says what to do."""
+def doctor(
+    serve_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--serve",
+            metavar="FILE",
+            help="A serve config or deployment file, whose doors and key files are looked at; may be repeated.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine: packages, memory, disk, Ray settings, open ports, key files; each line says what to do."""
     from loopfm_ray.jobs.doctor import examine
 
-    findings = examine()
+    findings = examine(serve_files or ())
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
     else:

@@ -1,4 +1,4 @@
-"""Servers that tests share: an S3 store and a Redis, real ones, on free loopback ports."""
+"""Programs that tests share: an S3 store and a Redis, real ones, on free loopback ports, and a browser."""
 
 import json
 import os
@@ -228,3 +228,19 @@ def redis_server(tmp_path_factory):
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         _stop(process)
+
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The path of Chromium; skips loudly without, but fails in CI."""
+    found = next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        names = ", ".join(CHROMIUM_NAMES)
+        message = f"no Chromium on PATH (looked for {names}): the page was NOT checked"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return found

@@ -23,6 +23,8 @@ _SETTINGS = {
     # the second version of the file reader starts dozens of processes for a few files: 100 s instead of 7 on two cores
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Serve's gRPC proxy would read messages of 2 GiB before our own limit of 4 MiB is asked
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(8 * 2**20),
 }
 _WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
 _START_ATTEMPTS = 3

@@ -5,8 +5,11 @@ import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+
+from loopfm_ray.jobs.finding import Finding
+from loopfm_ray.jobs.security import examine_security
 
 __all__ = ["Finding", "examine"]
 
@@ -14,18 +17,12 @@ _GIB = 2**30
 _MIN_SHM_GIB, _MIN_MEMORY_GIB, _MIN_DISK_GIB = 0.6, 6.0, 4.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `advice` says what to do when it does not fit."""
+def examine(serve_files: Sequence[Path] = ()) -> list[Finding]:
+    """Return what was found on this machine.
 
-    name: str
-    found: str
-    is_ok: bool
-    advice: str = ""
-
-
-def examine() -> list[Finding]:
-    """Return what was found on this machine."""
+    Args:
+        serve_files: serve configs or deployment files of Ray Serve, whose files and doors are looked at too.
+    """
     return [
         _python(),
         *(_package(name) for name in ("ray", "torch", "pyarrow", "polars", "optuna")),
@@ -44,6 +41,7 @@ def examine() -> list[Finding]:
         _space("disk here", _free_bytes(Path.cwd()), _MIN_DISK_GIB, "set run_dir to a larger disk"),
         _auth(),
         _demo_data(),
+        *examine_security(serve_files),
     ]
 
 

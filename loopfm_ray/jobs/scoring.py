@@ -7,10 +7,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.errors import JobError, StoreError
+from loopfm_ray.errors import ConfigError, JobError, StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs import serving
 from loopfm_ray.jobs.cluster import connect
@@ -27,22 +31,60 @@ _TIMEOUT_S = 30.0
 _SHOWN_ITEMS = 5
 
 
-def serve_config(config: PipelineConfig, port: int) -> serving.ServeConfig:
-    """Return how the run's VM is served on loopback.
+def serve_config(
+    config: PipelineConfig, port: int | None, settings: Path | None = None
+) -> serving.ServeConfig:
+    """Return how the run's VM is served, on loopback if nothing else is set.
+
+    Args:
+        config: of the run.
+        port: of HTTP; None takes that of `settings`, or the default.
+        settings: file of other keys of `ServeConfig`; what is served comes from the run.
 
     Raises:
         StoreError: nothing was published yet.
+        ConfigError: the file is no part of a serve config.
     """
     if find_manifest(config.paths.bundle) is None:
         raise StoreError(f"{config.paths.bundle} is not there; run `loopfm publish` first")
-    return serving.ServeConfig(
-        bundle=str(absolute(config.paths.bundle)),
-        cache_dir=config.cache_dir,
-        cache_bytes=config.cache_bytes,
-        online=config.online_target,
-        port=port,
-        log_level="WARNING",
-    )
+    tree: dict[str, Any] = {
+        "log_level": "WARNING",
+        **(_read_settings(settings) if settings else {}),
+    }
+    tree |= {
+        "bundle": str(absolute(config.paths.bundle)),
+        "cache_dir": config.cache_dir,
+        "cache_bytes": config.cache_bytes,
+        "online": config.online_target,
+    }
+    if port is not None:
+        tree["port"] = port
+    try:
+        return serving.ServeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{settings or 'the serve config'}: {error}; correct the file") from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read a part of a serve config; files that it names are taken from the folder that we are in."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can not be read: {error}; give a YAML file") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds no mapping; write keys of the serve config, such as api_keys"
+        )
+    served = sorted({"bundle", "rollouts", "models", "online"} & set(tree))
+    if served:
+        raise ConfigError(
+            f"{path} names {served}, which come from the run here; leave them out, or use serve/app.py"
+        )
+    if tree.get("api_keys"):
+        tree["api_keys"] = str(Path(tree["api_keys"]).absolute())
+    if isinstance(tree.get("tls"), dict):
+        tree["tls"] = {name: str(Path(value).absolute()) for name, value in tree["tls"].items()}
+    return tree
 
 
 def _load(config: PipelineConfig) -> Predictor:
@@ -51,9 +93,8 @@ def _load(config: PipelineConfig) -> Predictor:
 
 
 @contextmanager
-def serving_run(config: PipelineConfig, port: int) -> Iterator[str]:
-    """Serve the run's VM on the connected cluster inside the block; gives the URL."""
-    settings = serve_config(config, port)
+def serving_run(settings: serving.ServeConfig) -> Iterator[str]:
+    """Serve on the connected cluster inside the block; gives the URL."""
     try:
         yield serving.start(settings)
     finally:
@@ -76,7 +117,7 @@ def run_parity(context: Context) -> dict[str, Any]:
         splits_of(config).test,
         config.online.parity_requests,
     )
-    with serving_run(config, config.online.port) as url:
+    with serving_run(serve_config(config, config.online.port)) as url:
         context.progress("parity", 1, 2)
         report = check_parity(predictor, offline, tolerance=config.online.parity_tolerance, url=url)
         name = predictor.bundle.spec.name
@@ -113,12 +154,25 @@ def _score_one(url: str, name: str, query: ScoreQuery) -> dict[str, Any]:
         return {"request": body, "response": json.loads(answer.read())}
 
 
-def serve_forever(config: PipelineConfig, port: int, announce: Callable[[str], None]) -> None:
-    """Serve the run's VM on loopback until the process is told to stop."""
+def serve_forever(
+    config: PipelineConfig,
+    port: int | None,
+    announce: Callable[[str, serving.ServeConfig], None],
+    settings: Path | None = None,
+) -> None:
+    """Serve the run's VM until the process is told to stop.
+
+    Args:
+        config: of the run.
+        port: of HTTP; None takes that of `settings`, or the default.
+        announce: is called with the URL and the config when a replica is ready.
+        settings: file of other keys of `ServeConfig`; without it the service is on loopback.
+    """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    chosen = serve_config(config, port, settings)
     _load(config)  # what can not be loaded is said here, not by a dying replica
-    with connect(config.ray), serving_run(config, port) as url:
-        announce(url)
+    with connect(config.ray), serving_run(chosen) as url:
+        announce(url, chosen)
         stop.wait()

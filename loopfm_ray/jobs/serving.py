@@ -1,10 +1,9 @@
 """Serve bundles on Ray Serve: a single deployment that holds router, features, models and HTTP together.
 
-One deployment and no handle between its parts: a hop costs several times what scoring does. Ray's HAProxy
-ingress is faster but listens on every interface, so it is left to whoever sets `RAY_SERVE_ENABLE_HA_PROXY` knowingly.
+One deployment and no handle between its parts: a hop costs several times what scoring does. The same replicas answer
+HTTP, by an ASGI application, and gRPC, by methods that have the names of those of `scoring.proto`.
 """
 
-import ipaddress
 import logging
 import socket
 import threading
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import ray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from ray import serve
 from ray.serve import Application
@@ -21,10 +21,21 @@ from ray.serve import Application
 from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.errors import BundleError, ConfigError
-from loopfm_ray.serving.api import Scorer, create_api
+from loopfm_ray.jobs.replica_port import keep_on_loopback
+from loopfm_ray.serving.api import Scorer, create_api, now_ts
 from loopfm_ray.serving.contract import Backend
+from loopfm_ray.serving.exposure import (
+    TlsConfig,
+    check_doors,
+    check_tls,
+    is_ha_proxy,
+    is_loopback,
+    open_doors,
+)
 from loopfm_ray.serving.keys import Gate, read_keys
+from loopfm_ray.serving.page import Page
 from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
+from loopfm_ray.serving.rpc import ScoringServicer
 from loopfm_ray.serving.service import Service
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, locate
 
@@ -45,6 +56,8 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
+SERVICERS = ["loopfm_ray.serving.rpc.add_scoring", "loopfm_ray.serving.rpc.add_health"]
+"""What Serve's gRPC proxy takes its methods from."""
 APP_NAME = "loopfm"
 DEPLOYMENT_NAME = "vm"
 
@@ -65,11 +78,20 @@ class ServeConfig(Config):
     online: str | None = None
     """Directory or `redis://` address of the online store of `bundle`; none for a VM without history."""
     host: str = "127.0.0.1"
-    """Interface of the HTTP proxy; another than loopback takes `api_keys`."""
+    """Interface of the HTTP proxy; another than loopback takes `api_keys`. A deployment file says it in `http_options`."""
     api_keys: str | None = None
     """Key file, which `loopfm key` writes: every path but the probes then asks for a key. null asks for none."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP proxy; 0 lets `start` take a free one."""
+    tls: TlsConfig | None = None
+    """HTTPS with this certificate; null speaks HTTP. Ray Serve has no TLS for gRPC and in HAProxy mode, so those are refused beside it."""
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the gRPC proxy; null starts none. It listens on every interface whatever `host` says, so it takes `api_keys`."""
+    trusted_network: bool = False
+    """Lets the service listen beyond loopback without `api_keys`. Whoever reaches its ports may then score, read users and versions, and
+    use up the machine: set it only where a firewall, or the network of a container, keeps everybody else out."""
+    ui: bool | None = None
+    """The page at `/ui`, which shows the histories of users; null serves it where HTTP is on loopback alone."""
     num_replicas: PositiveInt = 1
     """Processes that score."""
     num_cpus: NonNegativeFloat = 1.0
@@ -92,11 +114,37 @@ class ServeConfig(Config):
         given = [name for name in ("bundle", "rollouts", "models") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(f"give one of bundle, rollouts and models, found {given or 'none'}")
-        if self.api_keys is None and not _is_loopback(self.host):
+        if self.tls is not None and self.grpc_port is not None:
             raise ConfigError(
-                f"host {self.host} lets others ask: set api_keys to a file that `loopfm key` wrote, or serve on 127.0.0.1"
+                "Ray Serve's gRPC proxy has no TLS, so tls beside grpc_port would protect half of the service: leave one out, or put"
+                " a proxy with TLS in front of both"
             )
+        self.check_doors()
         return self
+
+    def check_doors(self, host: str | None = None) -> None:
+        """Check that nobody else can ask without a key, as things stand in this environment.
+
+        Args:
+            host: that the HTTP proxy does listen on; None takes it from here.
+
+        Raises:
+            ConfigError: others can; or HAProxy, which has no TLS, would speak for a service with TLS.
+        """
+        if self.tls is not None and is_ha_proxy():
+            raise ConfigError("HAProxy mode of Ray Serve has no TLS: leave tls out, or the mode")
+        doors = open_doors(host or self.host, self.grpc_port is not None, is_ha_proxy())
+        check_doors(doors, self.api_keys is not None, self.trusted_network)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether HTTP is on loopback alone."""
+        return is_loopback(self.host) and not is_ha_proxy()
+
+    @property
+    def has_ui(self) -> bool:
+        """Whether the page is served."""
+        return self.is_local if self.ui is None else self.ui
 
     def gate(self) -> Gate | None:
         """Return what knows the keys; None where none is asked for.
@@ -126,13 +174,6 @@ class ServeConfig(Config):
                 " there now, or put the bundle back"
             )
         return predictor
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 Loader = Callable[[ServeConfig], Scorer]
@@ -196,14 +237,32 @@ def start(config: ServeConfig, loader: Loader = load) -> str:
     """Serve on the connected Ray cluster, wait until a replica is ready, and return the base URL.
 
     Raises:
+        ConfigError: others could ask without a key.
+        StoreError: the key file, or a file of TLS, is missing, damaged or open to others.
         RuntimeError: the replica could not load; Ray's message holds the reason.
     """
+    config.check_doors()  # the environment may have changed since it was made
+    config.gate()
     port = config.port or _free_port(config.host)
-    serve.start(http_options={"host": config.host, "port": port})
+    http: dict[str, str | int] = {"host": config.host, "port": port}
+    if config.tls is not None:
+        check_tls(config.tls)
+        http |= {"ssl_certfile": config.tls.cert, "ssl_keyfile": config.tls.key}
+    serve.start(http_options=http, grpc_options=grpc_options(config.grpc_port))
     serve.run(build_app(config, loader), name=APP_NAME, route_prefix="/")
-    url = f"http://{config.host}:{port}"
+    url = f"http{'s' if config.tls else ''}://{config.host}:{port}"
     _LOGGER.info("serving %s at %s", config.bundle or config.rollouts or [*config.models], url)
+    if config.grpc_port is not None:
+        _LOGGER.info("gRPC at port %d of every interface", config.grpc_port)
     return url
+
+
+def grpc_options(port: int | None) -> dict[str, Any] | None:  # Any: options of Serve
+    """Return how Serve's gRPC proxy is started; None starts none. A deployment file says the same."""
+    if port is None:
+        return None
+    # reflection would answer without a key
+    return {"port": port, "grpc_servicer_functions": SERVICERS, "enable_reflection": False}
 
 
 def stop() -> None:
@@ -236,13 +295,26 @@ def follow(scorer: Scorer, every_s: float, stopped: Callable[[float], bool] | No
 _THREADS = {"OMP_NUM_THREADS": "1"}
 
 
+def _http_host() -> str | None:
+    """Return where Serve's HTTP proxy listens, which a deployment file says beside our config; None before there is one."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.http_config.host
+
+
 class _Replica:
     """Runs in a replica process: loads in the constructor, so no request comes before the model is there."""
 
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
         log.setup(config.log_level)
-        self._gate = config.gate()
+        keep_on_loopback(ray.util.get_node_ip_address())
+        config.check_doors(_http_host())
+        self._config, self._gate = config, config.gate()
         self._scorer = loader(config)
+        # without grpc_port Serve's gRPC proxy may run for another application, and then has nothing to ask here
+        is_offered = config.grpc_port is not None
+        self._rpc = ScoringServicer(self._scorer, now_ts, self._gate, is_offered)
         follower = threading.Thread(
             target=follow, args=(self._scorer, config.reload_s), daemon=True
         )
@@ -260,4 +332,24 @@ class _Replica:
 
     # Any: an ASGI application, as Serve asks for it once the constructor is done.
     async def __serve_build_asgi_app__(self) -> Any:
-        return create_api(self._scorer, gate=self._gate)
+        page = None
+        if self._config.has_ui and isinstance(self._scorer, Service):
+            asks_loopback = self._config.is_local and self._gate is None
+            page = Page(self._scorer, asks_loopback)
+        return create_api(self._scorer, gate=self._gate, page=page)
+
+    # What follows Serve's gRPC proxy calls; on the event loop, as HTTP does.
+    async def Score(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return self._rpc.Score(request, grpc_context)
+
+    async def Batch(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return self._rpc.Batch(request, grpc_context)
+
+    async def ListModels(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return self._rpc.ListModels(request, grpc_context)
+
+    async def GetModel(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return self._rpc.GetModel(request, grpc_context)
+
+    async def Check(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return self._rpc.Check(request, grpc_context)

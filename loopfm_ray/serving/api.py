@@ -6,62 +6,42 @@ more than it gives; a replica is one process.
 """
 
 import logging
-import math
-import re
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from loopfm_ray.serving.answering import (
+    Refusal,
+    Scorer,
+    admit,
+    answer_batch,
+    answer_score,
+    describe,
+    is_ready,
+    present,
+)
+from loopfm_ray.serving.bodies import read_body, request_id_for
 from loopfm_ray.serving.contract import (
-    MAX_BODY_BYTES,
     BatchRequest,
     BatchResponse,
     Problem,
-    RequestError,
-    ScoreQuery,
     ScoreRequest,
     ScoreResponse,
-    UnknownModelError,
 )
-from loopfm_ray.serving.keys import Gate, Verdict
+from loopfm_ray.serving.keys import Gate
+from loopfm_ray.serving.page import Page
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
 logger = logging.getLogger(__name__)
 
-BodyT = TypeVar("BodyT", ScoreRequest, BatchRequest)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_RETRY_AFTER_S = "1"
 _OPEN_PATHS = ("/healthz", "/readyz")
-
-
-class Scorer(Protocol):
-    """What the application needs of a service."""
-
-    def respond(self, name: str, query: ScoreQuery, request_id: str) -> ScoreResponse:
-        """Score one query with the model of a name."""
-
-    def respond_many(
-        self, name: str, queries: Sequence[ScoreQuery], request_id: str
-    ) -> BatchResponse:
-        """Score many queries with the model of a name."""
-
-    def describe(self, name: str) -> dict[str, Any]:
-        """Return the body of `GET /v1/models/NAME`."""
-        # Any: JSON for people and monitors, described in docs/.
-
-    def summary(self) -> dict[str, Any]:
-        """Return the body of `GET /v1/models`."""
-
-    def reload(self) -> bool:
-        """Read newer versions of the histories if there are some; called outside of requests."""
 
 
 def now_ts() -> int:
@@ -73,17 +53,20 @@ def create_api(
     scorer: Scorer | None = None,
     clock: Callable[[], int] = now_ts,
     gate: Gate | None = None,
+    page: Page | None = None,
 ) -> FastAPI:
     """Build the application.
 
     Args:
         scorer: what scores; None makes a service that is alive but not ready. `app.state.scorer` sets it later.
         clock: microseconds UTC for requests that carry no time.
-        gate: knows the keys that every path but the probes then asks for; None asks for none.
+        gate: knows the keys that every path but the probes and the files of the page then asks for; None asks for none.
+        page: the page at `/ui`; None serves none.
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
     if gate is not None:
-        app.add_middleware(_Guard, gate=gate)
+        open_paths = (*_OPEN_PATHS, *(page.open_paths if page else ()))
+        app.add_middleware(_Guard, gate=gate, open_paths=open_paths)
     app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
@@ -114,6 +97,9 @@ def create_api(
         responses=_PROBLEMS,
         openapi_extra={"requestBody": {"required": True, "content": _content(BatchRequest)}},
     )
+    if page is not None:
+        page.add_to(app)
+    app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     return app
@@ -122,33 +108,19 @@ def create_api(
 class _Guard:
     """Lets a request with a key through to the application, as often as the key may ask."""
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
-        self._app, self._gate = app, gate
+    def __init__(self, app: ASGIApp, gate: Gate, open_paths: Collection[str]) -> None:
+        self._app, self._gate, self._open_paths = app, gate, frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or have it answered."""
-        refusal = None
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            refusal = self._refusal(Request(scope))
-        await (refusal or self._app)(scope, receive, send)
-
-    def _refusal(self, request: Request) -> Response | None:
-        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-        is_bearer = scheme.lower() == "bearer"
-        verdict = self._gate.check(secret.strip()) if is_bearer else Verdict(None)
-        if verdict.name is None:
-            response = _problem(
-                request, 401, "send `Authorization: Bearer KEY` with a key of this service"
-            )
-            response.headers["www-authenticate"] = "Bearer"
-            return response
-        if verdict.retry_after_s > 0:
-            response = _problem(
-                request, 429, f"key {verdict.name!r} asks too often; wait and try again"
-            )
-            response.headers["retry-after"] = str(math.ceil(verdict.retry_after_s))
-            return response
-        return None
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+            request = Request(scope)
+            try:
+                admit(self._gate, request.headers.get("authorization", ""))
+            except Refusal as refusal:
+                await _problem(request, refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 async def _healthz() -> dict[str, str]:
@@ -156,178 +128,72 @@ async def _healthz() -> dict[str, str]:
 
 
 async def _readyz(request: Request) -> Response:
-    scorer: Scorer | None = request.app.state.scorer
-    if scorer is None or not scorer.summary()["models"]:
-        return _not_ready(request)
+    if not is_ready(request.app.state.scorer):
+        present(None)
     return JSONResponse({"status": "ready"})
 
 
 async def _models(request: Request) -> Response:
-    scorer: Scorer | None = request.app.state.scorer
-    return _not_ready(request) if scorer is None else JSONResponse(scorer.summary())
+    return JSONResponse(present(request.app.state.scorer).summary())
 
 
 async def _model(request: Request, vm: str) -> Response:
-    scorer: Scorer | None = request.app.state.scorer
-    if scorer is None:
-        return _not_ready(request)
-    try:
-        return JSONResponse(scorer.describe(vm))
-    except UnknownModelError as error:
-        return _problem(request, 404, str(error))
+    return JSONResponse(describe(present(request.app.state.scorer), vm))
 
 
 async def _score(request: Request, vm: str) -> Response:
-    def answer(scorer: Scorer, sent: ScoreRequest, request_id: str) -> BaseModel:
-        return scorer.respond(vm, sent.to_query(request.app.state.clock()), request_id)
-
-    return await _answer(request, ScoreRequest, answer)
+    sent, now = await read_body(request, ScoreRequest), request.app.state.clock()
+    scorer, request_id = present(request.app.state.scorer), request_id_for(request)
+    return _reply(answer_score(scorer, vm, sent, now, request_id), request_id)
 
 
 async def _batch(request: Request, vm: str) -> Response:
-    def answer(scorer: Scorer, sent: BatchRequest, request_id: str) -> BaseModel:
-        now = request.app.state.clock()
-        queries = [one.to_query(now) for one in sent.requests]
-        return scorer.respond_many(vm, queries, request_id)
-
-    return await _answer(request, BatchRequest, answer)
+    sent, now = await read_body(request, BatchRequest), request.app.state.clock()
+    scorer, request_id = present(request.app.state.scorer), request_id_for(request)
+    return _reply(answer_batch(scorer, vm, sent, now, request_id), request_id)
 
 
-async def _answer(
-    request: Request,
-    contract: type[BodyT],
-    answer: Callable[[Scorer, BodyT, str], BaseModel],
-) -> Response:
-    """Read a body, check it against its contract, and answer it or say what is wrong."""
-    scorer: Scorer | None = request.app.state.scorer
-    if scorer is None:
-        return _not_ready(request)
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0]
-    if content_type.strip().lower() != "application/json":
-        return _problem(request, 415, "send application/json")
-    body = await _read_body(request)
-    if body is None:
-        return _problem(request, 413, f"the body is over {MAX_BODY_BYTES} bytes; send fewer items")
-    try:
-        sent = contract.model_validate_json(body)
-    except ValidationError as error:
-        return _invalid(request, error)
-    request_id = _request_id(request)
-    try:
-        found = answer(scorer, sent, request_id)
-    except UnknownModelError as error:
-        return _problem(request, 404, str(error))
-    except RequestError as error:
-        where = [] if error.index is None else [_entry(f"requests.{error.index}", str(error))]
-        return _problem(request, 422, str(error), where if contract is BatchRequest else [])
+def _reply(found: BaseModel, request_id: str) -> Response:
     headers = {"x-request-id": request_id}
     return Response(found.model_dump_json(), media_type="application/json", headers=headers)
 
 
-async def _read_body(request: Request) -> bytes | None:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            return None
-    return bytes(body)
-
-
-def _invalid(request: Request, error: ValidationError) -> Response:
-    """Return one error entry for each field; a union reports every type it tried, that is one field here."""
-    found: dict[str, list[str]] = {}
-    is_json = True
-    for item in error.errors(include_input=False, include_url=False, include_context=False):
-        is_json = is_json and item["type"] != "json_invalid"
-        found.setdefault(_field(item["loc"]), []).append(
-            item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        )
-    errors = [
-        _entry(name, " or ".join(dict.fromkeys(messages)))
-        for name, messages in sorted(found.items())
-    ]
-    if not is_json:
-        return _problem(request, 400, "the body is not JSON", errors)
-    return _problem(request, 422, "the request does not fit the contract; see errors", errors)
-
-
-def _entry(name: str, message: str) -> dict[str, str]:
-    return {"field": name, "message": message}
-
-
-def _field(loc: Sequence[int | str]) -> str:
-    """Return the path of a field; what is inside a value is left out."""
-    begin = 2 if len(loc) > 1 and loc[0] == "requests" else 0
-    depth = begin + (2 if loc[begin : begin + 1] in (("context",), ("items",)) else 1)
-    text = ".".join(str(part) for part in loc[:depth]) or "(body)"
-    return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _not_ready(request: Request) -> Response:
-    response = _problem(request, 503, "no model is loaded yet; try again soon")
-    response.headers["retry-after"] = _RETRY_AFTER_S
-    return response
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return _problem(request, error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    detail = str(error.detail) if isinstance(error, HTTPException) else "see the log"
-    response = _problem(request, status, detail)
-    if isinstance(error, HTTPException):
-        response.headers.update(error.headers or {})
+    assert isinstance(error, HTTPException)
+    response = _problem(request, Refusal(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
     return response
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    request_id = _request_id(request)
+    request_id = request_id_for(request)
     logger.error("request %s failed: %s", request_id, type(error).__name__, exc_info=error)
-    return _problem(request, 500, "the service failed; the log has the request id")
+    return _problem(request, Refusal(500, "the service failed; the log has the request id"))
 
 
-def _problem(
-    request: Request, status: int, detail: str, errors: Sequence[dict[str, str]] = ()
-) -> Response:
-    request_id = _request_id(request)
-    problem = Problem(
-        title=_TITLES.get(status, "Error"),
-        status=status,
-        detail=detail,
-        errors=list(errors),
-        request_id=request_id,
-    )
+def _problem(request: Request, refusal: Refusal) -> Response:
+    request_id = request_id_for(request)
+    headers = {"x-request-id": request_id}
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if refusal.retry_after_s is not None:
+        headers["retry-after"] = str(refusal.retry_after_s)
     return Response(
-        problem.model_dump_json(),
-        status_code=status,
+        refusal.problem(request_id).model_dump_json(),
+        status_code=refusal.status,
         media_type="application/problem+json",
-        headers={"x-request-id": request_id},
+        headers=headers,
     )
 
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (400, 401, 404, 413, 415, 422, 429, 503)
 }
-_TITLES = {
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    413: "Content Too Large",
-    415: "Unsupported Media Type",
-    422: "Unprocessable Content",
-    429: "Too Many Requests",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-}
-
-
-def _request_id(request: Request) -> str:
-    """Return the caller's `x-request-id` when it is short and plain, else a new one; the same for one request."""
-    known: str | None = getattr(request.state, "request_id", None)
-    if known is None:
-        given = request.headers.get("x-request-id", "")
-        known = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        request.state.request_id = known
-    return known
 
 
 def _content(model: type[BaseModel]) -> dict[str, Any]:

@@ -145,6 +145,11 @@ class Predictor:
         """The version that histories are read from now, None for a VM without."""
         return self._store.version if self._store and self.bundle.spec.history else None
 
+    @property
+    def store(self) -> OnlineStore | None:
+        """The store that requests read from now."""
+        return self._store
+
     def reload(self) -> bool:
         """Switch to the live version of the space if it is another one; return whether it was.
 
@@ -211,6 +216,15 @@ class Predictor:
         for scored in found:
             self._count(scored)
         return found
+
+    def score_from(self, query: ScoreQuery, store: OnlineStore | None) -> Scored:
+        """Return the probabilities of one query with the histories of `store`, uncounted; for `serving/explore.py`.
+
+        Raises:
+            RequestError: the context does not fit the model.
+        """
+        (scored,) = self._score_part([query], store)
+        return scored
 
     def _score_part(self, queries: Sequence[ScoreQuery], store: OnlineStore | None) -> list[Scored]:
         batch, features = self._builder.build(queries)

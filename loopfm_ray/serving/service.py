@@ -185,6 +185,16 @@ class Service:
             results=[answer for answer in answers if answer is not None], request_id=request_id
         )
 
+    def pick(self, name: str, user: str) -> tuple[Predictor, Variant]:
+        """Return what answers a user under a name.
+
+        Raises:
+            UnknownModelError: no model of that name is served.
+        """
+        slot = self._of(name)
+        variant = _variant(slot, name, user)
+        return slot.predictors[variant], variant
+
     def describe(self, name: str) -> dict[str, Any]:  # Any: JSON
         """Return what is served under a name: its fields, versions and counters, by variant.
 

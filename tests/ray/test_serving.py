@@ -1,13 +1,16 @@
 import inspect
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -16,6 +19,7 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.experiments import RayConfig
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.listening import listeners
 from loopfm_ray.jobs.serving import (
     APP_NAME,
     DEPLOYMENT_NAME,
@@ -26,8 +30,10 @@ from loopfm_ray.jobs.serving import (
     stop,
 )
 from loopfm_ray.metrics.calibration import PlattScaling
+from loopfm_ray.serving import scoring_pb2 as wire
 from loopfm_ray.serving.bundle import load_bundle, save_bundle
 from loopfm_ray.serving.contract import ScoreQuery
+from loopfm_ray.serving.keys import ApiKeys, add_key, write_keys
 from loopfm_ray.serving.parity import ask_service, check_parity, load_offline
 from loopfm_ray.serving.predictor import Predictor, load_predictor
 from loopfm_ray.serving.rollout import (
@@ -38,10 +44,13 @@ from loopfm_ray.serving.rollout import (
     rollback,
     write_rollouts,
 )
+from loopfm_ray.serving.scoring_pb2_grpc import ScoringStub
 from loopfm_ray.store.publish import load_memory, publish
 from loopfm_ray.types import MICROS_PER_DAY
 from serve.app import build_app as app_of_args
+from tests.conftest import free_ports
 from tests.serving.world import STOP, make_world, write_latents
+from tests.tls import make_certificate
 
 NAME = "vm_loopfm"
 ROOT = Path(__file__).parents[2]
@@ -59,10 +68,24 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def url(cluster, world):
-    config = ServeConfig(bundle=str(world.bundle), online=str(world.online), port=0, reload_s=0.2)
+def grpc_port():
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="module")
+def url(cluster, world, grpc_port):
+    # Serve's gRPC proxy starts with Serve or never; it listens on every interface, which a test of it may
+    config = ServeConfig(
+        bundle=str(world.bundle), online=str(world.online), port=0, reload_s=0.2, grpc_port=grpc_port, trusted_network=True,
+    )  # fmt: skip
     yield start(config)
     stop()
+
+
+@pytest.fixture(scope="module")
+def channel(url, grpc_port):
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as found:
+        yield found
 
 
 def call(url, path, body=None):
@@ -74,6 +97,113 @@ def call(url, path, body=None):
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
+
+
+def of_serve():
+    """Return what the programs of this Serve listen on."""
+    return [one for one in listeners() if one.command.startswith(("ray::ServeReplica", "ray::Proxy", "ray::ServeController"))]  # fmt: skip
+
+
+# First: what Serve's proxies listen on is settled when they start, so this one has a Serve of its own.
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_https_with_a_certificate_of_ones_own_and_nothing_beyond_loopback(cluster, world, tmp_path):
+    before = set(of_serve())
+    cert, key = make_certificate(tmp_path)
+    config = ServeConfig(
+        bundle=str(world.bundle), online=str(world.online), port=0, tls={"cert": str(cert), "key": str(key)},
+    )  # fmt: skip
+    address = start(config)
+    try:
+        assert address.startswith("https://127.0.0.1:")
+        trusting = ssl.create_default_context(cafile=cert)
+        with urllib.request.urlopen(f"{address}/readyz", context=trusting, timeout=30) as answer:
+            assert json.loads(answer.read()) == {"status": "ready"}
+        with urllib.request.urlopen(f"{address}/ui", context=trusting, timeout=30) as answer:
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            urllib.request.urlopen(f"{address}/readyz", timeout=30)
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urllib.request.urlopen(f"{address}/readyz".replace("https", "http"), timeout=30)
+        mine = set(of_serve()) - before
+        port = int(address.rpartition(":")[2])
+        assert {one.port for one in mine} >= {port}
+        assert any(one.command.startswith("ray::ServeReplica") for one in mine)
+        # the port of the replica too, which Serve opens on every interface
+        assert [one for one in mine if not one.is_loopback] == []
+    finally:
+        stop()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_the_replicas_of_one_deployment_answer_grpc_as_http(url, channel, world, grpc_port):
+    assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+    stub = ScoringStub(channel)
+    context = {"past_count_item": wire.Value(number=0.0), "past_recency_item": wire.Value(number=0.5)}  # fmt: skip
+    query = wire.Query(user="u1", items=["i1", "i2"], micros=STOP, context=context)
+    answer, done = stub.Score.with_call(
+        wire.ScoreRequest(model=NAME, query=query), metadata=[("x-request-id", "a-1")]
+    )
+    body = {"user": "u1", "items": ["i1", "i2"], "request_ts": STOP}
+    body["context"] = {"past_count_item": 0.0, "past_recency_item": 0.5}
+    other = call(url, f"/v1/models/{NAME}:score", body)[1]
+    assert list(answer.scores) == other["scores"]
+    assert answer.features.age_s == other["features"]["age_s"]
+    assert answer.request_id == dict(done.trailing_metadata())["x-request-id"] == "a-1"
+    batch = stub.Batch(wire.BatchRequest(model=NAME, requests=[query, query]))
+    assert [list(one.scores) for one in batch.results] == [other["scores"]] * 2
+    assert stub.ListModels(wire.ListModelsRequest()).models[0].name == NAME
+    described = stub.GetModel(wire.GetModelRequest(model=NAME)).description
+    assert described["variants"]["stable"]["model"]["name"] == NAME
+    query.items[:] = []
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Score(wire.ScoreRequest(model=NAME, query=query))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    problem = json.loads(dict(refused.value.trailing_metadata())["problem-bin"])
+    body["items"] = []
+    expected = call(url, f"/v1/models/{NAME}:score", body)[1]
+    assert problem | {"request_id": ""} == expected | {"request_id": ""}
+    # what the message of `grpc_port` says, and why it takes keys: it is not on loopback alone
+    assert [one for one in of_serve() if one.port == grpc_port and not one.is_loopback]
+    # a message that is too long is refused by the proxy, before a replica has to read it
+    big = wire.Query(user="u" * (9 * 2**20), items=["i1"])
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Score(wire.ScoreRequest(model=NAME, query=big))
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(b"")
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_grpc_asks_for_keys_and_answers_only_for_applications_that_offer_it(url, channel, grpc_port, world, tmp_path):  # fmt: skip
+    keys, secret = add_key(ApiKeys(), "one")
+    write_keys(tmp_path / "keys.json", keys)
+    common = {"bundle": str(world.bundle), "online": str(world.online), "num_cpus": 0.5}
+    keyed = ServeConfig(**common, api_keys=str(tmp_path / "keys.json"), grpc_port=grpc_port)
+    serve.run(build_app(keyed), name="keyed", route_prefix="/keyed")
+    serve.run(build_app(ServeConfig(**common)), name="closed", route_prefix="/closed")
+    stub = ScoringStub(channel)
+
+    def ask(application, *metadata):
+        return stub.ListModels(
+            wire.ListModelsRequest(), metadata=[("application", application), *metadata]
+        )
+
+    with pytest.raises(grpc.RpcError) as refused:
+        ask("keyed")
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert ask("keyed", ("authorization", f"Bearer {secret}")).models[0].name == NAME
+    assert call(f"{url}/keyed", "/v1/models")[0] == 401
+    assert call(f"{url}/keyed", f"/v1/models/{NAME}/samples")[0] == 401
+    with pytest.raises(grpc.RpcError) as refused:
+        ask("closed")
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert "grpc_port" in refused.value.details()
+    serve.delete("keyed")
+    serve.delete("closed")
 
 
 @pytest.mark.ray

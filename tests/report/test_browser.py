@@ -1,6 +1,4 @@
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +9,6 @@ from tests.report.example import example_summary
 
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -26,17 +23,6 @@ FLAGS = (
     "--virtual-time-budget=20000",
     "--window-size=1280,3600",
 )
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        message = f"no Chromium on PATH (looked for {', '.join(NAMES)}): the page was NOT checked"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
 
 
 def load(chromium: str, page: Path, tmp_path: Path, *flags: str) -> tuple[str, list[str]]:
