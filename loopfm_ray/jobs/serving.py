@@ -62,6 +62,29 @@ APP_NAME = "loopfm"
 DEPLOYMENT_NAME = "vm"
 
 
+class AutoscaleConfig(Config):
+    """How many replicas serve, by the requests under way."""
+
+    min_replicas: PositiveInt = 1
+    """Replicas without load."""
+    max_replicas: PositiveInt = 4
+    """The most there may be."""
+    target_ongoing_requests: PositiveFloat = 4.0
+    """Requests under way in a replica that the number is steered to; well below `max_ongoing_requests`."""
+    upscale_delay_s: NonNegativeFloat = 10.0
+    """How long the load has to be higher before replicas are added."""
+    downscale_delay_s: NonNegativeFloat = 300.0
+    """How long it has to be lower before some are taken away."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ConfigError(
+                f"min_replicas must be at most max_replicas, found {self.min_replicas} and {self.max_replicas}"
+            )
+        return self
+
+
 class ServeConfig(Config):
     """Which bundle is served, with which online store, and how much it takes on."""
 
@@ -100,6 +123,14 @@ class ServeConfig(Config):
     """Requests that one replica takes at a time."""
     max_queued_requests: int = Field(default=64, ge=-1)
     """Requests that wait at a proxy before it answers 503; -1 is without limit."""
+    retry_after_s: NonNegativeFloat = 1.0
+    """What `Retry-After` of that answer says."""
+    request_timeout_s: PositiveFloat = 10.0
+    """After so long the proxy answers 408, whatever becomes of the request."""
+    drain_s: NonNegativeFloat = 10.0
+    """How long a replica that is stopped may take to finish what it began; it takes nothing new meanwhile."""
+    autoscale: AutoscaleConfig | None = None
+    """Lets the number of replicas follow the load; null keeps `num_replicas`."""
     backend: Backend = "torch"
     """What runs the models; `onnx` and `onnx_int8` take bundles that hold these (`online.backends` of the pipeline)."""
     history_timeout_s: PositiveFloat = 0.05
@@ -222,12 +253,17 @@ def build_app(config: ServeConfig, loader: Loader = load) -> Application:
         loader: makes the scorer inside the replica; it has to be picklable.
     """
     models = Rollouts(models=config.models).model_dump(mode="json") if config.models else None
+    scaling: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.autoscale is not None:
+        scaling = {"autoscaling_config": config.autoscale.model_dump()}
     deployment = serve.deployment(
         name=DEPLOYMENT_NAME,
         user_config=models,
-        num_replicas=config.num_replicas,
+        **scaling,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
+        backpressure_config={"retry_after_s": config.retry_after_s},
+        graceful_shutdown_timeout_s=config.drain_s,
         ray_actor_options={"num_cpus": config.num_cpus, "runtime_env": {"env_vars": _THREADS}},
     )(serve.ingress()(_Replica))
     return deployment.bind(config, loader)
@@ -244,7 +280,8 @@ def start(config: ServeConfig, loader: Loader = load) -> str:
     config.check_doors()  # the environment may have changed since it was made
     config.gate()
     port = config.port or _free_port(config.host)
-    http: dict[str, str | int] = {"host": config.host, "port": port}
+    http: dict[str, str | int | float] = {"host": config.host, "port": port}
+    http["request_timeout_s"] = config.request_timeout_s
     if config.tls is not None:
         check_tls(config.tls)
         http |= {"ssl_certfile": config.tls.cert, "ssl_keyfile": config.tls.key}

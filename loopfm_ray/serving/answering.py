@@ -26,12 +26,14 @@ from loopfm_ray.serving.contract import (
 from loopfm_ray.serving.keys import Gate, Verdict
 
 __all__ = [
+    "BodyT",
     "Refusal",
     "Scorer",
     "admit",
     "answer_batch",
     "answer_score",
     "check_contract",
+    "check_deadline",
     "check_size",
     "describe",
     "is_ready",
@@ -55,6 +57,7 @@ _TITLES = {
     500: "Internal Server Error",
     501: "Not Implemented",
     503: "Service Unavailable",
+    504: "Gateway Timeout",
 }
 
 
@@ -168,6 +171,20 @@ def check_size(num_bytes: int) -> None:
     """
     if num_bytes > MAX_BODY_BYTES:
         raise Refusal(413, f"the body is over {MAX_BODY_BYTES} bytes; send fewer items")
+
+
+def check_deadline(deadline_ts: int | None, now_ts: int) -> None:
+    """Check that the caller still waits: a request that came too late is not scored for nobody.
+
+    Args:
+        deadline_ts: when it no longer does; None waits.
+        now_ts: the time now.
+
+    Raises:
+        Refusal: 504, it does not.
+    """
+    if deadline_ts is not None and now_ts > deadline_ts:
+        raise Refusal(504, "the deadline passed before the request was scored")
 
 
 def check_contract(parse: Callable[[], BodyT]) -> BodyT:

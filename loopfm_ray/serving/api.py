@@ -8,7 +8,6 @@ more than it gives; a replica is one process.
 import logging
 import time
 from collections.abc import Callable, Collection
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,29 +16,33 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loopfm_ray.serving.answering import (
+    BodyT,
     Refusal,
     Scorer,
     admit,
     answer_batch,
     answer_score,
+    check_deadline,
     describe,
     is_ready,
     present,
 )
-from loopfm_ray.serving.bodies import read_body, request_id_for
+from loopfm_ray.serving.bodies import deadline_of, read_body, request_id_for
 from loopfm_ray.serving.contract import (
     BatchRequest,
     BatchResponse,
-    Problem,
     ScoreRequest,
     ScoreResponse,
 )
 from loopfm_ray.serving.keys import Gate
+from loopfm_ray.serving.openapi import add_contract, body_of, problems
 from loopfm_ray.serving.page import Page
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
 logger = logging.getLogger(__name__)
+
+_PROBLEMS = problems((400, 401, 404, 413, 415, 422, 429, 500, 503, 504))
 
 _OPEN_PATHS = ("/healthz", "/readyz")
 
@@ -77,7 +80,7 @@ def create_api(
         _model,
         methods=["GET"],
         summary="Versions, fields, limits and counters of one model",
-        responses={code: {"model": Problem} for code in (404, 503)},
+        responses=problems((401, 404, 429, 500, 503)),
     )
     app.add_api_route(
         "/v1/models/{vm}:score",
@@ -86,7 +89,7 @@ def create_api(
         summary="Calibrated probabilities of the items of one user",
         response_model=ScoreResponse,
         responses=_PROBLEMS,
-        openapi_extra={"requestBody": {"required": True, "content": _content(ScoreRequest)}},
+        openapi_extra=body_of(ScoreRequest),
     )
     app.add_api_route(
         "/v1/models/{vm}:batch",
@@ -95,10 +98,11 @@ def create_api(
         summary="Calibrated probabilities of the items of many users",
         response_model=BatchResponse,
         responses=_PROBLEMS,
-        openapi_extra={"requestBody": {"required": True, "content": _content(BatchRequest)}},
+        openapi_extra=body_of(BatchRequest),
     )
     if page is not None:
         page.add_to(app)
+    add_contract(app)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -142,15 +146,24 @@ async def _model(request: Request, vm: str) -> Response:
 
 
 async def _score(request: Request, vm: str) -> Response:
-    sent, now = await read_body(request, ScoreRequest), request.app.state.clock()
+    sent, now = await _read(request, ScoreRequest)
     scorer, request_id = present(request.app.state.scorer), request_id_for(request)
     return _reply(answer_score(scorer, vm, sent, now, request_id), request_id)
 
 
 async def _batch(request: Request, vm: str) -> Response:
-    sent, now = await read_body(request, BatchRequest), request.app.state.clock()
+    sent, now = await _read(request, BatchRequest)
     scorer, request_id = present(request.app.state.scorer), request_id_for(request)
     return _reply(answer_batch(scorer, vm, sent, now, request_id), request_id)
+
+
+async def _read(request: Request, contract: type[BodyT]) -> tuple[BodyT, int]:
+    """Return the checked body and the time now, if the caller still waits for an answer."""
+    deadline_ts = deadline_of(request, request.app.state.clock())
+    sent = await read_body(request, contract)
+    now: int = request.app.state.clock()
+    check_deadline(deadline_ts, now)
+    return sent, now
 
 
 def _reply(found: BaseModel, request_id: str) -> Response:
@@ -189,13 +202,3 @@ def _problem(request: Request, refusal: Refusal) -> Response:
         media_type="application/problem+json",
         headers=headers,
     )
-
-
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    code: {"model": Problem} for code in (400, 401, 404, 413, 415, 422, 429, 503)
-}
-
-
-def _content(model: type[BaseModel]) -> dict[str, Any]:
-    # Any: a JSON schema is whatever pydantic makes of the type.
-    return {"application/json": {"schema": model.model_json_schema()}}

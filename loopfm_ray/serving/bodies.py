@@ -1,5 +1,6 @@
-"""What the handlers read of an HTTP request: its id, and its body with the size and type that the contract allows."""
+"""What the handlers read of an HTTP request: its id, its deadline, and its body with the size and type that the contract allows."""
 
+import re
 from functools import partial
 
 from fastapi import Request
@@ -12,8 +13,42 @@ from loopfm_ray.serving.answering import (
     present,
     request_id_of,
 )
+from loopfm_ray.types import MICROS_PER_S
 
-__all__ = ["read_body", "request_id_for"]
+__all__ = ["deadline_of", "read_body", "request_id_for"]
+
+TIMEOUT, STARTED = "x-timeout-ms", "x-request-start"
+_WHOLE_MS = re.compile(r"[0-9]{1,6}")
+_MOMENT = re.compile(r"(?:t=)?([0-9]{10})(?:\.([0-9]{1,6}))?|(?:t=)?([0-9]{13})|(?:t=)?([0-9]{16})")
+
+
+def deadline_of(request: Request, now_ts: int) -> int | None:
+    """Return when the caller no longer waits, in microseconds UTC; None where it does not say.
+
+    `x-timeout-ms` is how long it waits, from `x-request-start` if a proxy or the caller gives that (`t=` and the seconds,
+    milliseconds or microseconds since 1970, as nginx, HAProxy and others write it), else from now.
+
+    Raises:
+        Refusal: 400, a header is not of this form.
+    """
+    given = request.headers.get(TIMEOUT)
+    if given is None:
+        return None
+    if not _WHOLE_MS.fullmatch(given) or not int(given):
+        raise Refusal(400, f"{TIMEOUT} must be whole milliseconds from 1 to 999999")
+    return _started(request.headers.get(STARTED), now_ts) + int(given) * 1000
+
+
+def _started(text: str | None, now_ts: int) -> int:
+    if text is None:
+        return now_ts
+    found = _MOMENT.fullmatch(text)
+    if found is None:
+        raise Refusal(400, f"{STARTED} must be `t=` and seconds, milli- or microseconds since 1970")
+    seconds, part, millis, micros = found.groups()
+    if seconds is not None:
+        return int(seconds) * MICROS_PER_S + int((part or "0").ljust(6, "0"))
+    return int(millis) * 1000 if millis is not None else int(micros)
 
 
 async def read_body(request: Request, contract: type[BodyT]) -> BodyT:

@@ -63,6 +63,10 @@ Key = Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)]
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Text = Annotated[str, Field(max_length=MAX_KEY_CHARS)]
+Moment = (
+    Annotated[int, Field(ge=0, le=MAX_REQUEST_TS)]
+    | Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+)
 ContextValue = (
     Text
     | Integer
@@ -111,7 +115,7 @@ class ScoreRequest(_Wire):
     items: Annotated[list[Key], Field(min_length=1, max_length=MAX_ITEMS)] = Field(
         description="Keys of the candidates, scored in this order; repeats are allowed."
     )
-    request_ts: int | str | None = Field(
+    request_ts: Moment | None = Field(
         default=None,
         description="When the score is asked: RFC 3339 with an offset, or microseconds UTC; now when left out.",
     )

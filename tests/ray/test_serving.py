@@ -1,9 +1,11 @@
 import inspect
 import json
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import grpc
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from ray import serve
+from ray import cloudpickle, serve
 from ray.serve.schema import ServeDeploySchema
 
 from loopfm_ray.config import dump_yaml, load_config
@@ -32,7 +34,7 @@ from loopfm_ray.jobs.serving import (
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.serving import scoring_pb2 as wire
 from loopfm_ray.serving.bundle import load_bundle, save_bundle
-from loopfm_ray.serving.contract import ScoreQuery
+from loopfm_ray.serving.contract import ScoreQuery, UnknownModelError
 from loopfm_ray.serving.keys import ApiKeys, add_key, write_keys
 from loopfm_ray.serving.parity import ask_service, check_parity, load_offline
 from loopfm_ray.serving.predictor import Predictor, load_predictor
@@ -441,3 +443,52 @@ def test_deployment_files_hold_valid_arguments():
             assert app["import_path"] == "serve.app:build_app"
             config = ServeConfig.model_validate(app["args"])
             assert ServeConfig.model_validate(yaml.safe_load(dump_yaml(config))) == config
+
+
+class SlowScorer:
+    """Takes half a second for each answer."""
+
+    def __init__(self, config):
+        del config
+
+    def respond(self, name, query, request_id):
+        time.sleep(0.5)
+        raise UnknownModelError("scored")
+
+    def summary(self):
+        return {"models": ["slow"]}
+
+    def reload(self):
+        return False
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_too_many_are_told_when_to_come_back_and_a_stopped_replica_ends_what_it_began(url):
+    config = ServeConfig(
+        bundle="none", max_ongoing_requests=1, max_queued_requests=1, retry_after_s=3, drain_s=20,
+    )  # fmt: skip
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        serve.run(build_app(config, SlowScorer), name="slow", route_prefix="/slow")
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+    def ask(_):
+        body = json.dumps({"user": "u", "items": ["i"]}).encode()
+        headers = {"content-type": "application/json"}
+        path = f"{url}/slow/v1/models/vm:score"
+        request = urllib.request.Request(path, data=body, headers=headers)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        return caught.value.code, caught.value.headers.get("retry-after")
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(12)))
+        # 404 is the scorer's answer
+        assert {code for code, _ in found} == {404, 503}
+        assert {wait for code, wait in found if code == 503} == {"3"}
+        late = pool.submit(ask, 0)
+        time.sleep(0.3)  # it is in the replica now
+        serve.delete("slow")
+        assert late.result()[0] == 404

@@ -241,7 +241,12 @@ def test_openapi_page_describes_the_request(client):
     body = page["paths"]["/v1/models/{vm}:score"]["post"]["requestBody"]["content"][
         "application/json"
     ]
-    assert set(body["schema"]["properties"]) == {"user", "items", "request_ts", "context"}
+    assert body["schema"] == {"$ref": "#/components/schemas/ScoreRequest"}
+    kinds = page["components"]["schemas"]
+    assert set(kinds["ScoreRequest"]["properties"]) == {"user", "items", "request_ts", "context"}
+    assert kinds["BatchRequest"]["properties"]["requests"]["items"]["$ref"].endswith("ScoreRequest")
+    refused = page["paths"]["/v1/models/{vm}:score"]["post"]["responses"]["422"]["content"]
+    assert list(refused) == ["application/problem+json"]
 
 
 def one(user="u", items=("1",), **more):
