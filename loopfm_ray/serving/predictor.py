@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,21 +13,17 @@ from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.data.joined import USER_SOURCE
-from loopfm_ray.data.schema import Field, Kind, Side
 from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.metrics.binary import sigmoid
 from loopfm_ray.serving.bundle import Bundle, HistoryPin, load_bundle
 from loopfm_ray.serving.contract import (
-    MAX_BODY_BYTES,
-    MAX_CONTEXT_FIELDS,
-    MAX_ITEMS,
-    MAX_KEY_CHARS,
     FeatureInfo,
     ModelInfo,
     RequestError,
     ScoreQuery,
     ScoreResponse,
 )
+from loopfm_ray.serving.describe import Counters, describe
 from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_histories
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
@@ -35,7 +31,6 @@ from loopfm_ray.store.space import Space
 from loopfm_ray.store.target import SpaceFollower
 
 __all__ = [
-    "Counters",
     "Predictor",
     "Scored",
     "StoreSource",
@@ -50,23 +45,6 @@ _MAX_ROWS = 8192
 """Rows of one pass through the model."""
 STORE_FAILED = "store_failed"
 """Reason of a history that is missing because the store did not answer in time, or wrongly."""
-
-
-@dataclass
-class Counters:
-    """What a predictor met since it was made."""
-
-    requests: int = 0
-    rows: int = 0
-    refused: int = 0
-    unknown_items: int = 0
-    unknown_users: int = 0
-    unknown_values: int = 0
-    default_values: int = 0
-    history_misses: int = 0
-    store_failures: int = 0
-    reloads: int = 0
-    reload_failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -254,56 +232,11 @@ class Predictor:
             request_id=request_id,
         )
 
-    # Any: JSON.
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:  # Any: JSON
         """Return versions, the fields a request may carry, limits and counters."""
-        spec, pin, store = self.bundle.spec, self.bundle.spec.history, self._store
         with self._lock:
-            counters = asdict(self.counters)
-        return {
-            "model": {
-                "name": spec.name,
-                "version": self.bundle.version,
-                "task": spec.schema.tasks[0],
-            },
-            "features": {
-                "version": store.version if pin and store else None,
-                "trained_on": pin.latents_version if pin else None,
-                "space": pin.space.id if pin else None,
-                "snapshot_id": pin.snapshot_id if pin else None,
-                "max_len": pin.max_len if pin else 0,
-                "retention_us": pin.retention_us if pin else None,
-                "watermark_ts": store.meta.get("watermark_ts") if store else None,
-            },
-            "fields": [self._describe_field(field) for field in spec.schema.fields],
-            "limits": {
-                "items": MAX_ITEMS,
-                "key_chars": MAX_KEY_CHARS,
-                "context_fields": MAX_CONTEXT_FIELDS,
-                "sequence_len": spec.sequence_len,
-                "body_bytes": MAX_BODY_BYTES,
-            },
-            "counters": counters,
-        }
-
-    def _describe_field(self, field: Field) -> dict[str, Any]:
-        default: str | float = "unknown id 0"
-        if field.kind == Kind.NUMERIC:
-            default = field.mean
-        elif field.kind == Kind.SEQUENCE:
-            default = "empty"
-        source = "request" if field.name in self._builder.request_fields else "bundle"
-        if field.name in self.bundle.spec.derive:
-            source = "request_ts"
-        return {
-            "name": field.name,
-            "side": field.side.value,
-            "kind": field.kind.value,
-            "source": source,
-            "per_item": field.side == Side.ITEM,
-            "num_ids": field.cardinality,
-            "default": default,
-        }
+            counters = replace(self.counters)
+        return describe(self.bundle, self._store, self._builder.request_fields, counters)
 
     def _read_histories(
         self, store: OnlineStore, queries: Sequence[ScoreQuery], pin: HistoryPin
