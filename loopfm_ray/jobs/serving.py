@@ -6,6 +6,7 @@ ingress is faster but listens on every interface, so it is left to whoever sets 
 
 import ipaddress
 import logging
+import os
 import socket
 import threading
 import time
@@ -22,13 +23,16 @@ from loopfm_ray import log
 from loopfm_ray.config import Config
 from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.serving.api import Scorer, create_api
+from loopfm_ray.serving.exporter import Exporter, MetricsConfig
 from loopfm_ray.serving.keys import Gate, read_keys
+from loopfm_ray.serving.logs import ParityLog, ParityLogConfig, RequestLog, RequestLogConfig
 from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
 from loopfm_ray.serving.service import Service
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, locate
 
 if TYPE_CHECKING:
     from loopfm_ray.serving.predictor import Predictor
+    from loopfm_ray.serving.watch import Watch
 
 __all__ = [
     "APP_NAME",
@@ -81,6 +85,12 @@ class ServeConfig(Config):
     """Deadline of one look-up in a store behind a network, after which the request is scored without history."""
     reload_s: PositiveFloat = 5.0
     """Seconds between looks for a newer version of the bundle's space in the online store."""
+    metrics: MetricsConfig | None = None
+    """A port of each replica for Prometheus; null leaves `GET /metrics` of the service alone, which meets one replica."""
+    request_log: RequestLogConfig | None = None
+    """One JSON line for each request, without what was in it; null writes none."""
+    parity_log: ParityLogConfig | None = None
+    """A share of the requests whole, with users in clear, for `loopfm parity --requests`; null keeps none."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level of the package's log records."""
 
@@ -93,7 +103,29 @@ class ServeConfig(Config):
             raise ConfigError(
                 f"host {self.host} lets others ask: set api_keys to a file that `loopfm key` wrote, or serve on 127.0.0.1"
             )
+        if (
+            self.metrics is not None
+            and self.api_keys is None
+            and not _is_loopback(self.metrics.host)
+        ):
+            raise ConfigError(
+                f"metrics.host {self.metrics.host} lets others read: set api_keys to a file that `loopfm key` wrote, or take 127.0.0.1"
+            )
         return self
+
+    def watch(self) -> "Watch":
+        """Return what watches a replica, with its logs open.
+
+        Raises:
+            StoreError: a log can not be written.
+        """
+        from loopfm_ray.serving.watch import Watch
+
+        return Watch(
+            None if self.request_log is None else RequestLog(self.request_log),
+            None if self.parity_log is None else ParityLog(self.parity_log),
+            f"{socket.gethostname()}-{os.getpid()}",
+        )
 
     def gate(self) -> Gate | None:
         """Return what knows the keys; None where none is asked for.
@@ -147,14 +179,14 @@ def load(config: ServeConfig) -> Service:
     torch.set_num_threads(1)
     if config.rollouts is not None:
         path = Path(config.rollouts)
-        service = Service(config.open, partial(read_rollouts, path))
+        service = Service(config.open, partial(read_rollouts, path), config.watch())
         begin(service, read_rollouts(path))
         return service
     if config.bundle is None:
-        return Service(config.open)
+        return Service(config.open, watch=config.watch())
     served = Served(bundle=config.bundle, online=config.online)
     predictor = config.open(served)  # once: its own name is the model's
-    service = Service(lambda _: predictor)
+    service = Service(lambda _: predictor, watch=config.watch())
     begin(service, Rollouts(models={predictor.bundle.spec.name: Rollout(stable=served)}))
     return service
 
@@ -237,9 +269,14 @@ class _Replica:
     """Runs in a replica process: loads in the constructor, so no request comes before the model is there."""
 
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
+        self._watch: Watch | None = None
+        self._exporter: Exporter | None = None
         log.setup(config.log_level)
         self._gate = config.gate()
         self._scorer = loader(config)
+        self._watch = self._scorer.watch if isinstance(self._scorer, Service) else None
+        if config.metrics is not None and self._watch is not None:
+            self._exporter = Exporter(self._watch, config.metrics, self._gate)
         follower = threading.Thread(
             target=follow, args=(self._scorer, config.reload_s), daemon=True
         )
@@ -257,4 +294,13 @@ class _Replica:
 
     # Any: an ASGI application, as Serve asks for it once the constructor is done.
     async def __serve_build_asgi_app__(self) -> Any:
-        return create_api(self._scorer, gate=self._gate)
+        return create_api(self._scorer, gate=self._gate, watch=self._watch)
+
+    def __del__(self) -> None:
+        """Write what waits for the logs and take the address back; Serve calls it when a replica stops."""
+        exporter, watch = self._exporter, self._watch
+        self._exporter = self._watch = None
+        if exporter is not None:
+            exporter.close()
+        if watch is not None:
+            watch.close()

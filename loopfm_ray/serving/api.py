@@ -31,6 +31,8 @@ from loopfm_ray.serving.contract import (
     UnknownModelError,
 )
 from loopfm_ray.serving.keys import Gate, Verdict
+from loopfm_ray.serving.watch import CONTENT_TYPE, Watch, mark
+from loopfm_ray.serving.watching import Watching
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
@@ -73,6 +75,7 @@ def create_api(
     scorer: Scorer | None = None,
     clock: Callable[[], int] = now_ts,
     gate: Gate | None = None,
+    watch: Watch | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -80,10 +83,15 @@ def create_api(
         scorer: what scores; None makes a service that is alive but not ready. `app.state.scorer` sets it later.
         clock: microseconds UTC for requests that carry no time.
         gate: knows the keys that every path but the probes then asks for; None asks for none.
+        watch: told of every request but the probes, and read at `/metrics`; None watches nothing.
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
     if gate is not None:
         app.add_middleware(_Guard, gate=gate)
+    if watch is not None:  # around the guard, so that what it refuses is counted
+        app.add_middleware(Watching, watch=watch)
+        app.add_api_route("/metrics", _metrics, methods=["GET"], summary="For Prometheus")
+    app.state.watch = watch
     app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
@@ -151,6 +159,11 @@ class _Guard:
         return None
 
 
+async def _metrics(request: Request) -> Response:
+    watch: Watch = request.app.state.watch
+    return Response(watch.exposition(), media_type=CONTENT_TYPE)
+
+
 async def _healthz() -> dict[str, str]:
     return {"status": "alive"}
 
@@ -208,10 +221,12 @@ async def _answer(
     body = await _read_body(request)
     if body is None:
         return _problem(request, 413, f"the body is over {MAX_BODY_BYTES} bytes; send fewer items")
+    mark("body")
     try:
         sent = contract.model_validate_json(body)
     except ValidationError as error:
         return _invalid(request, error)
+    mark("decode")
     request_id = _request_id(request)
     try:
         found = answer(scorer, sent, request_id)

@@ -1,7 +1,7 @@
 """The bundle: all that serving loads for one VM, as one dataset version with checksums and no code in it.
 
 `model.safetensors` (weights), `bundle.json` (what they mean and which history they were trained with), `vocab/*.parquet`,
-`items.parquet` and `users.parquet` (row i = id i). A bundle pins the embedding space that its VM was trained in:
+`items.parquet` and `users.parquet` (row i = id i), and `reference.json` (how scores were distributed before serving). A bundle pins the embedding space that its VM was trained in:
 `serving/predictor.py` takes any published version of that space and refuses all others.
 
 Vocabularies are cut to the ids that the VM knows. Only the items and users whose own fields the VM reads are kept whole:
@@ -29,6 +29,7 @@ from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.history_inputs import RawHistoryConfig
 from loopfm_ray.models.registry import AnyVmConfig, build_vm, read_vm_config
 from loopfm_ray.models.vertical import VerticalModel
+from loopfm_ray.serving.reference import Reference
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
@@ -38,7 +39,7 @@ from loopfm_ray.store.space import Space
 __all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle", "why_not_servable"]
 
 FORMAT_VERSION = 1
-_SPEC, _WEIGHTS = "bundle.json", "model.safetensors"
+_SPEC, _WEIGHTS, _REFERENCE = "bundle.json", "model.safetensors", "reference.json"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class BundleSpec:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle; `version` names its content."""
+    """A loaded bundle; `version` names its content, `reference` is None where it was exported without."""
 
     spec: BundleSpec
     version: str
@@ -160,6 +161,7 @@ class Bundle:
     vocabularies: dict[str, Vocabulary]
     items: EntityTable
     users: EntityTable
+    reference: Reference | None = None
 
 
 def save_bundle(
@@ -168,6 +170,7 @@ def save_bundle(
     model: VerticalModel,
     prepared: PreparedData,
     inputs: Mapping[str, str],
+    reference: Reference | None = None,
 ) -> Manifest:
     """Write a bundle as one version at `location`, replacing another one there.
 
@@ -177,6 +180,7 @@ def save_bundle(
         model: trained weights; has to fit `spec`.
         prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
         inputs: versions of what the VM was made from, by name.
+        reference: that drift is measured against while it serves; None measures none, and the service says so.
 
     Raises:
         BundleError: the weights do not fit `spec`.
@@ -189,6 +193,9 @@ def save_bundle(
         }
         save_file(weights, staged / _WEIGHTS)
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n", "utf-8")
+        if reference is not None:
+            text = json.dumps(reference.to_tree(), indent=1, sort_keys=True)
+            (staged / _REFERENCE).write_text(text + "\n", "utf-8")
         (staged / "vocab").mkdir()
         for name, size in _vocabulary_sizes(spec.schema).items():
             vocabulary = prepared.vocabulary(name)
@@ -232,6 +239,9 @@ def load_bundle(location: Location) -> Bundle:
         vocabularies = {name: Vocabulary.read(path / "vocab" / f"{name}.parquet") for name in sizes}
         items = _read_table(path, spec.schema, Side.ITEM, vocabularies)
         users = _read_table(path, spec.schema, Side.USER, vocabularies)
+        reference = None
+        if any(entry.path == _REFERENCE for entry in manifest.files):
+            reference = Reference.of_tree(json.loads((path / _REFERENCE).read_text("utf-8")))
     except BundleError:
         raise
     except (
@@ -239,6 +249,7 @@ def load_bundle(location: Location) -> Bundle:
         OSError,
         ValueError,
         KeyError,
+        TypeError,
         SafetensorError,
         pa.ArrowException,
     ) as error:
@@ -248,7 +259,7 @@ def load_bundle(location: Location) -> Bundle:
     _check_sizes(location, vocabularies, sizes)
     model = _check_weights(spec, weights)
     model.eval()
-    return Bundle(spec, manifest.version, model, vocabularies, items, users)
+    return Bundle(spec, manifest.version, model, vocabularies, items, users, reference)
 
 
 # Any: JSON trees.

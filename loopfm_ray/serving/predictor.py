@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "Predictor",
     "Scored",
     "StoreSource",
+    "Timing",
     "check_store",
     "load_predictor",
     "score_probs",
@@ -48,6 +50,15 @@ STORE_FAILED = "store_failed"
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long the parts of one pass took; the queries of a pass share it."""
+
+    features_s: float
+    store_s: float
+    model_s: float
+
+
+@dataclass(frozen=True)
 class Scored:
     """The answer to one query: [B] probabilities in the order of its items, and what they were made from.
 
@@ -58,6 +69,7 @@ class Scored:
     features: RequestFeatures
     history: HistoryRead | None
     latents_version: str | None
+    timing: Timing
 
     @property
     def is_unknown_user(self) -> bool:
@@ -184,7 +196,9 @@ class Predictor:
         return found
 
     def _score_part(self, queries: Sequence[ScoreQuery], store: OnlineStore | None) -> list[Scored]:
+        began_s = time.perf_counter()
         batch, features = self._builder.build(queries)
+        built_s = time.perf_counter()
         pin, version = self.bundle.spec.history, None
         reads: list[HistoryRead | None] = [None] * len(queries)
         if pin is not None and store is not None:
@@ -192,13 +206,15 @@ class Predictor:
             history, read = self._read_histories(store, queries, pin)
             reads = [*read]
             batch = replace(batch, histories={USER_SOURCE: history})
+        read_s = time.perf_counter()
         probs = score_probs(self.bundle, batch)
+        timing = Timing(built_s - began_s, read_s - built_s, time.perf_counter() - read_s)
         ends = np.cumsum([len(query.items) for query in queries])
         parts = np.split(probs, ends[:-1])
         for index, part in enumerate(parts):
             if not np.isfinite(part).all():
                 raise RequestError("the context gives no finite score; check its numbers", index)
-        return [Scored(*one, version) for one in zip(parts, features, reads, strict=True)]
+        return [Scored(*one, version, timing) for one in zip(parts, features, reads, strict=True)]
 
     def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
         """Return the answer to one query under the name of the bundle.
