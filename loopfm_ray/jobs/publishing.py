@@ -1,12 +1,14 @@
 """Export the bundle of the served VM and publish the histories of its space."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import PipelineConfig
-from loopfm_ray.jobs.context import Context, needed
+from loopfm_ray.jobs.context import Context, needed, splits_of
+from loopfm_ray.serving.baseline import measure_reference
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.publish import publish
@@ -14,6 +16,8 @@ from loopfm_ray.store.space import Space
 from loopfm_ray.train.trained import load_trained_vm
 
 __all__ = ["export_bundle", "run_publish"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def run_publish(context: Context) -> dict[str, Any]:
@@ -53,7 +57,15 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
         sequence_len=config.data.sequence_len,
     )
     inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
-    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs)
+    reference = measure_reference(
+        spec, trained.model.eval(), data, config.paths.joined(seed), splits_of(config).vm_valid
+    )
+    if reference is None:
+        _LOGGER.warning(
+            "the joined set has no rows of the validation window: the bundle of %s has no reference to measure drift against",
+            name,
+        )
+    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs, reference)
 
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:

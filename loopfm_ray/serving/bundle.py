@@ -36,7 +36,15 @@ from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
 from loopfm_ray.store.space import Space
 
-__all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle", "why_not_servable"]
+__all__ = [
+    "Bundle",
+    "BundleSpec",
+    "HistoryPin",
+    "load_bundle",
+    "save_bundle",
+    "vocabulary_sizes",
+    "why_not_servable",
+]
 
 FORMAT_VERSION = 1
 _SPEC, _WEIGHTS, _REFERENCE = "bundle.json", "model.safetensors", "reference.json"
@@ -197,7 +205,7 @@ def save_bundle(
             text = json.dumps(reference.to_tree(), indent=1, sort_keys=True)
             (staged / _REFERENCE).write_text(text + "\n", "utf-8")
         (staged / "vocab").mkdir()
-        for name, size in _vocabulary_sizes(spec.schema).items():
+        for name, size in vocabulary_sizes(spec.schema).items():
             vocabulary = prepared.vocabulary(name)
             cut = slice(0, len(vocabulary) if size is None else size - 1)
             Vocabulary(vocabulary.keys[cut], vocabulary.first_ts[cut]).write(
@@ -235,7 +243,7 @@ def load_bundle(location: Location) -> Bundle:
         verify(path)
         spec = read_spec(json.loads((path / _SPEC).read_text("utf-8")))
         weights = load_file(path / _WEIGHTS)
-        sizes = _vocabulary_sizes(spec.schema)
+        sizes = vocabulary_sizes(spec.schema)
         vocabularies = {name: Vocabulary.read(path / "vocab" / f"{name}.parquet") for name in sizes}
         items = _read_table(path, spec.schema, Side.ITEM, vocabularies)
         users = _read_table(path, spec.schema, Side.USER, vocabularies)
@@ -302,7 +310,7 @@ def read_spec(tree: dict[str, Any]) -> BundleSpec:
     )
 
 
-def _vocabulary_sizes(schema: FeatureSchema) -> dict[str, int | None]:
+def vocabulary_sizes(schema: FeatureSchema) -> dict[str, int | None]:
     """Return the vocabularies that serving looks keys up in, and the ids each is cut to; None keeps it whole.
 
     Fields of the item and user tables hold ids already and are looked up by the id of the item or user.
