@@ -8,20 +8,22 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from loopfm_ray.serving.bundle import Bundle
 from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.logs import ParityLog, RequestLog
 from loopfm_ray.serving.metrics import Metrics, ModelLabels
-from loopfm_ray.serving.predictor import Scored
 from loopfm_ray.serving.reference import DriftWindow
 from loopfm_ray.serving.states import Described, ServiceState
+
+if TYPE_CHECKING:
+    from loopfm_ray.serving.bundle import Bundle
+    from loopfm_ray.serving.predictor import Scored
 
 __all__ = ["CONTENT_TYPE", "Trace", "Watch", "mark", "name_model"]
 
@@ -123,7 +125,7 @@ class Watch:
         self,
         labels: ModelLabels,
         queries: Sequence[ScoreQuery],
-        found: Sequence[Scored],
+        found: Sequence["Scored"],
         request_id: str,
         places: Sequence[int] = (0,),
     ) -> None:
@@ -146,7 +148,7 @@ class Watch:
             for place, query, one in zip(places, queries, found, strict=True):
                 log.put(request_id, place, model, query, one)
 
-    def _count(self, labels: ModelLabels, found: Sequence[Scored]) -> None:
+    def _count(self, labels: ModelLabels, found: Sequence["Scored"]) -> None:
         series, window = self.metrics.of(labels), self._windows.get(labels)
         series.count(len(found), sum(len(one.probs) for one in found))
         for one in found:
@@ -170,7 +172,7 @@ class Watch:
                     features.num_unknown_items,
                 )
 
-    def retain(self, served: Mapping[ModelLabels, Bundle]) -> None:
+    def retain(self, served: Mapping[ModelLabels, "Bundle"]) -> None:
         """Watch these bundles from now on and forget all others; what goes on being served keeps its counts."""
         self._windows = {
             labels: self._windows.get(labels) or DriftWindow(bundle.reference)
@@ -210,7 +212,7 @@ class Watch:
 
 
 def _add(
-    trace: Trace, labels: ModelLabels, queries: Sequence[ScoreQuery], found: Sequence[Scored]
+    trace: Trace, labels: ModelLabels, queries: Sequence[ScoreQuery], found: Sequence["Scored"]
 ) -> None:
     name, variant, version = labels
     trace.model = name
