@@ -1,6 +1,7 @@
 """A run's parity log on the command line, and the reference that publishing puts into its bundle."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_publishing_measures_the_reference_on_the_validation_window(run):
     assert bundle.reference is None
     window = splits_of(run).vm_valid
     settings = JoinSettings(worlds.MAX_LEN, bundle.spec.history.retention_us)
+    shutil.rmtree(run.paths.joined(0))  # it begins after the window
     write_joined(
         run.paths.prepared, run.paths.latents(0), run.paths.joined(0),
         TimeRange(window.start_ts - MICROS_PER_DAY, worlds.STOP), settings,
