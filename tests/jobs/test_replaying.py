@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from loopfm_ray.cli import app
 from loopfm_ray.config import dump_yaml
-from loopfm_ray.data.examples import ExampleSet
+from loopfm_ray.data.examples import ExampleSet, read_rows
 from loopfm_ray.errors import ConfigError, JobError, StoreError
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.jobs.context import splits_of
@@ -133,6 +133,8 @@ def test_publishing_measures_the_reference_on_the_validation_window(run):
     assert (reference.start_ts, reference.stop_ts) == (window.start_ts, window.stop_ts)
     examples = ExampleSet.open(run.paths.joined(0), "requests")
     assert reference.num_rows == examples.num_rows(window) > 50
-    assert 0.2 < reference.coverage < 1
+    lengths = read_rows(examples.files(window), window, columns=["latent_len"])["latent_len"]
+    assert reference.coverage == (lengths > 0).mean()
+    assert reference.history_len.counts[-1] == (lengths >= 9).sum() > 50
     # the same bytes again
     assert export_bundle(run, bundle.spec.history.space).version == first.version
