@@ -122,10 +122,42 @@ for _name, _text in {
     "train-vm": "Train the vertical models (after join).",
     "evaluate": "Measure all models on the test window (after train-vm).",
     "publish": "Copy the histories into the online store and switch to them.",
-    "parity": "Replay test requests through the served path; exit 1 if a score differs.",
     "report": "Write summary.json and the HTML page from the run's records.",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+def parity(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            help="A parity log (file or folder) to replay offline, instead of test requests."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="With --requests: share of the scores that may differ.")
+    ] = 0.0,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Replay test requests through the served path, or logged ones offline; exit 1 if a score differs."""
+    settings = _load(config, overrides, verbose)
+    if requests is not None:
+        from loopfm_ray.jobs.replaying import replay_requests
+
+        _print_result(replay_requests(settings, requests, threshold), as_json)
+        return
+    if threshold:
+        raise ConfigError("--threshold is of logged requests; name them with --requests")
+    from loopfm_ray.jobs.pipeline import run_stages
+
+    with show_progress() as progress:
+        result = run_stages(settings, "parity", fresh=fresh, progress=progress)
+    _print_result(result, as_json)
 
 
 @app.command()

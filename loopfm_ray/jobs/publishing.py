@@ -1,13 +1,15 @@
 """Export the bundle of the served VM and publish the histories of its space."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.experiments import PipelineConfig
-from loopfm_ray.jobs.context import Context, needed
+from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.metrics.binary import normalized_entropy
+from loopfm_ray.serving.baseline import measure_reference
 from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, load_bundle, save_bundle
 from loopfm_ray.serving.parity import load_offline
 from loopfm_ray.store.manifest import Manifest, read_manifest
@@ -17,6 +19,7 @@ from loopfm_ray.train.trained import load_trained_vm
 
 __all__ = ["export_bundle", "run_publish"]
 
+_LOGGER = logging.getLogger(__name__)
 _INT8_REQUESTS = 5000
 """Validation requests that the loss of 8-bit weights is measured on."""
 
@@ -85,9 +88,16 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
         sequence_len=config.data.sequence_len,
     )
     inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
-    return save_bundle(
-        config.paths.bundle, spec, trained.model, data, inputs, config.online.backends
+    reference = measure_reference(
+        spec, trained.model.eval(), data, config.paths.joined(seed), splits_of(config).vm_valid
     )
+    if reference is None:
+        _LOGGER.warning(
+            "the joined set has no rows of the validation window: the bundle of %s has no reference to measure drift against",
+            name,
+        )
+    backends = config.online.backends
+    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs, backends, reference)
 
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:

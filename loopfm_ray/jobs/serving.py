@@ -5,6 +5,7 @@ HTTP, by an ASGI application, and gRPC, by methods that have the names of those 
 """
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.jobs.replica_port import keep_on_loopback
 from loopfm_ray.serving.api import Scorer, create_api, now_ts
 from loopfm_ray.serving.contract import Backend
+from loopfm_ray.serving.exporter import Exporter, MetricsConfig
 from loopfm_ray.serving.exposure import (
     TlsConfig,
     check_doors,
@@ -33,6 +35,7 @@ from loopfm_ray.serving.exposure import (
     open_doors,
 )
 from loopfm_ray.serving.keys import Gate, read_keys
+from loopfm_ray.serving.logs import ParityLog, ParityLogConfig, RequestLog, RequestLogConfig
 from loopfm_ray.serving.page import Page
 from loopfm_ray.serving.rollout import ModelName, Rollout, Rollouts, Served, read_rollouts
 from loopfm_ray.serving.rpc import ScoringServicer
@@ -41,6 +44,7 @@ from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, locate
 
 if TYPE_CHECKING:
     from loopfm_ray.serving.predictor import Predictor
+    from loopfm_ray.serving.watch import Watch
 
 __all__ = [
     "APP_NAME",
@@ -137,6 +141,12 @@ class ServeConfig(Config):
     """Deadline of one look-up in a store behind a network, after which the request is scored without history."""
     reload_s: PositiveFloat = 5.0
     """Seconds between looks for a newer version of the bundle's space in the online store."""
+    metrics: MetricsConfig | None = None
+    """A port of each replica for Prometheus; null leaves `GET /metrics` of the service alone, which meets one replica."""
+    request_log: RequestLogConfig | None = None
+    """One JSON line for each request, without what was in it; null writes none."""
+    parity_log: ParityLogConfig | None = None
+    """A share of the requests whole, with users in clear, for `loopfm parity --requests`; null keeps none."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level of the package's log records."""
 
@@ -149,6 +159,14 @@ class ServeConfig(Config):
             raise ConfigError(
                 "Ray Serve's gRPC proxy has no TLS, so tls beside grpc_port would protect half of the service: leave one out, or put"
                 " a proxy with TLS in front of both"
+            )
+        if (
+            self.metrics is not None
+            and self.api_keys is None
+            and not is_loopback(self.metrics.host)
+        ):
+            raise ConfigError(
+                f"metrics.host {self.metrics.host} lets others read: set api_keys to a file that `loopfm key` wrote, or take 127.0.0.1"
             )
         self.check_doors()
         return self
@@ -176,6 +194,20 @@ class ServeConfig(Config):
     def has_ui(self) -> bool:
         """Whether the page is served."""
         return self.is_local if self.ui is None else self.ui
+
+    def watch(self) -> "Watch":
+        """Return what watches a replica, with its logs open.
+
+        Raises:
+            StoreError: a log can not be written.
+        """
+        from loopfm_ray.serving.watch import Watch
+
+        return Watch(
+            None if self.request_log is None else RequestLog(self.request_log),
+            None if self.parity_log is None else ParityLog(self.parity_log),
+            f"{socket.gethostname()}-{os.getpid()}",
+        )
 
     def gate(self) -> Gate | None:
         """Return what knows the keys; None where none is asked for.
@@ -222,14 +254,14 @@ def load(config: ServeConfig) -> Service:
     torch.set_num_threads(1)
     if config.rollouts is not None:
         path = Path(config.rollouts)
-        service = Service(config.open, partial(read_rollouts, path))
+        service = Service(config.open, partial(read_rollouts, path), config.watch())
         begin(service, read_rollouts(path))
         return service
     if config.bundle is None:
-        return Service(config.open)
+        return Service(config.open, watch=config.watch())
     served = Served(bundle=config.bundle, online=config.online)
     predictor = config.open(served)  # once: its own name is the model's
-    service = Service(lambda _: predictor)
+    service = Service(lambda _: predictor, watch=config.watch())
     begin(service, Rollouts(models={predictor.bundle.spec.name: Rollout(stable=served)}))
     return service
 
@@ -344,6 +376,8 @@ class _Replica:
     """Runs in a replica process: loads in the constructor, so no request comes before the model is there."""
 
     def __init__(self, config: ServeConfig, loader: Loader) -> None:
+        self._watch: Watch | None = None
+        self._exporter: Exporter | None = None
         log.setup(config.log_level)
         keep_on_loopback(ray.util.get_node_ip_address())
         config.check_doors(_http_host())
@@ -352,6 +386,9 @@ class _Replica:
         # without grpc_port Serve's gRPC proxy may run for another application, and then has nothing to ask here
         is_offered = config.grpc_port is not None
         self._rpc = ScoringServicer(self._scorer, now_ts, self._gate, is_offered)
+        self._watch = self._scorer.watch if isinstance(self._scorer, Service) else None
+        if config.metrics is not None and self._watch is not None:
+            self._exporter = Exporter(self._watch, config.metrics, self._gate)
         follower = threading.Thread(
             target=follow, args=(self._scorer, config.reload_s), daemon=True
         )
@@ -373,7 +410,7 @@ class _Replica:
         if self._config.has_ui and isinstance(self._scorer, Service):
             asks_loopback = self._config.is_local and self._gate is None
             page = Page(self._scorer, asks_loopback)
-        return create_api(self._scorer, gate=self._gate, page=page)
+        return create_api(self._scorer, gate=self._gate, page=page, watch=self._watch)
 
     # What follows Serve's gRPC proxy calls; on the event loop, as HTTP does.
     async def Score(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
@@ -390,3 +427,12 @@ class _Replica:
 
     async def Check(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return self._rpc.Check(request, grpc_context)
+
+    def __del__(self) -> None:
+        """Write what waits for the logs and take the address back; Serve calls it when a replica stops."""
+        exporter, watch = self._exporter, self._watch
+        self._exporter = self._watch = None
+        if exporter is not None:
+            exporter.close()
+        if watch is not None:
+            watch.close()

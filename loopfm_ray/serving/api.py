@@ -37,6 +37,8 @@ from loopfm_ray.serving.contract import (
 from loopfm_ray.serving.keys import Gate
 from loopfm_ray.serving.openapi import add_contract, body_of, problems
 from loopfm_ray.serving.page import Page
+from loopfm_ray.serving.watch import CONTENT_TYPE, Watch
+from loopfm_ray.serving.watching import Watching
 
 __all__ = ["Scorer", "create_api", "now_ts"]
 
@@ -57,6 +59,7 @@ def create_api(
     clock: Callable[[], int] = now_ts,
     gate: Gate | None = None,
     page: Page | None = None,
+    watch: Watch | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -65,11 +68,16 @@ def create_api(
         clock: microseconds UTC for requests that carry no time.
         gate: knows the keys that every path but the probes and the files of the page then asks for; None asks for none.
         page: the page at `/ui`; None serves none.
+        watch: told of every request but the probes, and read at `/metrics`; None watches nothing.
     """
     app = FastAPI(title="loopfm_ray scoring", version="1", redoc_url=None)
     if gate is not None:
         open_paths = (*_OPEN_PATHS, *(page.open_paths if page else ()))
         app.add_middleware(_Guard, gate=gate, open_paths=open_paths)
+    if watch is not None:  # around the guard, so that what it refuses is counted
+        app.add_middleware(Watching, watch=watch)
+        app.add_api_route("/metrics", _metrics, methods=["GET"], summary="For Prometheus")
+    app.state.watch = watch
     app.state.scorer = scorer
     app.state.clock = clock
     app.add_api_route("/healthz", _healthz, methods=["GET"], summary="The process answers")
@@ -125,6 +133,11 @@ class _Guard:
                 await _problem(request, refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+async def _metrics(request: Request) -> Response:
+    watch: Watch = request.app.state.watch
+    return Response(watch.exposition(), media_type=CONTENT_TYPE)
 
 
 async def _healthz() -> dict[str, str]:

@@ -13,6 +13,7 @@ from loopfm_ray.serving.answering import (
     present,
     request_id_of,
 )
+from loopfm_ray.serving.watch import mark
 from loopfm_ray.types import MICROS_PER_S
 
 __all__ = ["deadline_of", "read_body", "request_id_for"]
@@ -65,7 +66,10 @@ async def read_body(request: Request, contract: type[BodyT]) -> BodyT:
     async for chunk in request.stream():
         body += chunk
         check_size(len(body))
-    return check_contract(partial(contract.model_validate_json, bytes(body)))
+    mark("body")
+    sent = check_contract(partial(contract.model_validate_json, bytes(body)))
+    mark("decode")
+    return sent
 
 
 def request_id_for(request: Request) -> str:

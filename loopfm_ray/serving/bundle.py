@@ -1,8 +1,8 @@
 """The bundle: all that serving loads for one VM, as one dataset version with checksums and no code in it.
 
 `model.safetensors` (weights), `bundle.json` (what they mean and which history they were trained with), `vocab/*.parquet`,
-`items.parquet` and `users.parquet` (row i = id i), and, if asked for, the same model as `model.onnx`, or with 8-bit weights
-as `model_int8.onnx`. A bundle pins the embedding space that its VM was trained in:
+`items.parquet` and `users.parquet` (row i = id i), `reference.json` (how scores were distributed before serving), and, if asked
+for, the same model as `model.onnx`, or with 8-bit weights as `model_int8.onnx`. A bundle pins the embedding space that its VM was trained in:
 `serving/predictor.py` takes any published version of that space and refuses all others.
 
 Vocabularies are cut to the ids that the VM knows. Only the items and users whose own fields the VM reads are kept whole:
@@ -35,16 +35,25 @@ from loopfm_ray.models.registry import AnyVmConfig, build_vm, read_vm_config
 from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.serving.contract import Backend
 from loopfm_ray.serving.onnx import OnnxModel, export_onnx, quantize_onnx
+from loopfm_ray.serving.reference import Reference
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
 from loopfm_ray.store.space import Space
 
-__all__ = ["Bundle", "BundleSpec", "HistoryPin", "load_bundle", "save_bundle", "why_not_servable"]
+__all__ = [
+    "Bundle",
+    "BundleSpec",
+    "HistoryPin",
+    "load_bundle",
+    "save_bundle",
+    "vocabulary_sizes",
+    "why_not_servable",
+]
 
 FORMAT_VERSION = 1
-_SPEC, _WEIGHTS = "bundle.json", "model.safetensors"
+_SPEC, _WEIGHTS, _REFERENCE = "bundle.json", "model.safetensors", "reference.json"
 _ONNX: dict[Backend, str] = {"onnx": "model.onnx", "onnx_int8": "model_int8.onnx"}
 
 
@@ -159,7 +168,7 @@ class BundleSpec:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle; `version` names its content."""
+    """A loaded bundle; `version` names its content, `reference` is None where it was exported without."""
 
     spec: BundleSpec
     version: str
@@ -167,6 +176,7 @@ class Bundle:
     vocabularies: dict[str, Vocabulary]
     items: EntityTable
     users: EntityTable
+    reference: Reference | None = None
     onnx: OnnxModel | None = None
     """What scores in the place of `model`."""
 
@@ -185,6 +195,7 @@ def save_bundle(
     prepared: PreparedData,
     inputs: Mapping[str, str],
     backends: Sequence[Backend] = ("torch",),
+    reference: Reference | None = None,
 ) -> Manifest:
     """Write a bundle as one version at `location`, replacing another one there.
 
@@ -195,6 +206,7 @@ def save_bundle(
         prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
         inputs: versions of what the VM was made from, by name.
         backends: what the bundle can be run with; torch always.
+        reference: that drift is measured against while it serves; None measures none, and the service says so.
 
     Raises:
         BundleError: the weights do not fit `spec`, or the model can not be exported to ONNX.
@@ -207,8 +219,11 @@ def save_bundle(
         }
         save_file(weights, staged / _WEIGHTS)
         (staged / _SPEC).write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n", "utf-8")
+        if reference is not None:
+            text = json.dumps(reference.to_tree(), indent=1, sort_keys=True)
+            (staged / _REFERENCE).write_text(text + "\n", "utf-8")
         (staged / "vocab").mkdir()
-        for name, size in _vocabulary_sizes(spec.schema).items():
+        for name, size in vocabulary_sizes(spec.schema).items():
             vocabulary = prepared.vocabulary(name)
             cut = slice(0, len(vocabulary) if size is None else size - 1)
             Vocabulary(vocabulary.keys[cut], vocabulary.first_ts[cut]).write(
@@ -251,10 +266,13 @@ def load_bundle(location: Location, backend: Backend = "torch") -> Bundle:
         verify(path)
         spec = read_spec(json.loads((path / _SPEC).read_text("utf-8")))
         weights = load_file(path / _WEIGHTS)
-        sizes = _vocabulary_sizes(spec.schema)
+        sizes = vocabulary_sizes(spec.schema)
         vocabularies = {name: Vocabulary.read(path / "vocab" / f"{name}.parquet") for name in sizes}
         items = _read_table(path, spec.schema, Side.ITEM, vocabularies)
         users = _read_table(path, spec.schema, Side.USER, vocabularies)
+        reference = None
+        if any(entry.path == _REFERENCE for entry in manifest.files):
+            reference = Reference.of_tree(json.loads((path / _REFERENCE).read_text("utf-8")))
     except BundleError:
         raise
     except (
@@ -262,6 +280,7 @@ def load_bundle(location: Location, backend: Backend = "torch") -> Bundle:
         OSError,
         ValueError,
         KeyError,
+        TypeError,
         SafetensorError,
         pa.ArrowException,
     ) as error:
@@ -272,7 +291,7 @@ def load_bundle(location: Location, backend: Backend = "torch") -> Bundle:
     model = _check_weights(spec, weights)
     model.eval()
     onnx = None if backend == "torch" else _read_onnx(path, spec, backend)
-    return Bundle(spec, manifest.version, model, vocabularies, items, users, onnx)
+    return Bundle(spec, manifest.version, model, vocabularies, items, users, reference, onnx)
 
 
 def _latent_dim(spec: BundleSpec) -> int | None:
@@ -340,7 +359,7 @@ def read_spec(tree: dict[str, Any]) -> BundleSpec:
     )
 
 
-def _vocabulary_sizes(schema: FeatureSchema) -> dict[str, int | None]:
+def vocabulary_sizes(schema: FeatureSchema) -> dict[str, int | None]:
     """Return the vocabularies that serving looks keys up in, and the ids each is cut to; None keeps it whole.
 
     Fields of the item and user tables hold ids already and are looked up by the id of the item or user.

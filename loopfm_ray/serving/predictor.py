@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,16 +13,11 @@ from numpy.typing import NDArray
 
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.data.joined import USER_SOURCE
-from loopfm_ray.data.schema import Field, Kind, Side
 from loopfm_ray.errors import BundleError, StoreError, UnreachableError
 from loopfm_ray.metrics.binary import sigmoid
 from loopfm_ray.serving.breaker import Breaker
 from loopfm_ray.serving.bundle import Bundle, HistoryPin, load_bundle
 from loopfm_ray.serving.contract import (
-    MAX_BODY_BYTES,
-    MAX_CONTEXT_FIELDS,
-    MAX_ITEMS,
-    MAX_KEY_CHARS,
     Backend,
     FeatureInfo,
     ModelInfo,
@@ -30,6 +25,7 @@ from loopfm_ray.serving.contract import (
     ScoreQuery,
     ScoreResponse,
 )
+from loopfm_ray.serving.describe import Counters, describe
 from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_histories
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
@@ -37,10 +33,10 @@ from loopfm_ray.store.space import Space
 from loopfm_ray.store.target import SpaceFollower
 
 __all__ = [
-    "Counters",
     "Predictor",
     "Scored",
     "StoreSource",
+    "Timing",
     "check_store",
     "load_predictor",
     "score_probs",
@@ -56,21 +52,13 @@ STORE_PAUSED = "store_paused"
 """Reason of a history that is missing because the store was not asked: it had not answered several times before."""
 
 
-@dataclass
-class Counters:
-    """What a predictor met since it was made."""
+@dataclass(frozen=True)
+class Timing:
+    """How long the parts of one pass took; the queries of a pass share it."""
 
-    requests: int = 0
-    rows: int = 0
-    refused: int = 0
-    unknown_items: int = 0
-    unknown_users: int = 0
-    unknown_values: int = 0
-    default_values: int = 0
-    history_misses: int = 0
-    store_failures: int = 0
-    reloads: int = 0
-    reload_failures: int = 0
+    features_s: float
+    store_s: float
+    model_s: float
 
 
 @dataclass(frozen=True)
@@ -84,6 +72,7 @@ class Scored:
     features: RequestFeatures
     history: HistoryRead | None
     latents_version: str | None
+    timing: Timing
 
     @property
     def is_unknown_user(self) -> bool:
@@ -227,7 +216,9 @@ class Predictor:
         return scored
 
     def _score_part(self, queries: Sequence[ScoreQuery], store: OnlineStore | None) -> list[Scored]:
+        began_s = time.perf_counter()
         batch, features = self._builder.build(queries)
+        built_s = time.perf_counter()
         pin, version = self.bundle.spec.history, None
         reads: list[HistoryRead | None] = [None] * len(queries)
         if pin is not None and store is not None:
@@ -235,13 +226,15 @@ class Predictor:
             history, read = self._read_histories(store, queries, pin)
             reads = [*read]
             batch = replace(batch, histories={USER_SOURCE: history})
+        read_s = time.perf_counter()
         probs = score_probs(self.bundle, batch)
+        timing = Timing(built_s - began_s, read_s - built_s, time.perf_counter() - read_s)
         ends = np.cumsum([len(query.items) for query in queries])
         parts = np.split(probs, ends[:-1])
         for index, part in enumerate(parts):
             if not np.isfinite(part).all():
                 raise RequestError("the context gives no finite score; check its numbers", index)
-        return [Scored(*one, version) for one in zip(parts, features, reads, strict=True)]
+        return [Scored(*one, version, timing) for one in zip(parts, features, reads, strict=True)]
 
     def respond(self, query: ScoreQuery, request_id: str) -> ScoreResponse:
         """Return the answer to one query under the name of the bundle.
@@ -275,56 +268,11 @@ class Predictor:
             request_id=request_id,
         )
 
-    # Any: JSON.
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:  # Any: JSON
         """Return versions, the fields a request may carry, limits and counters."""
-        spec, pin, store = self.bundle.spec, self.bundle.spec.history, self._store
         with self._lock:
-            counters = asdict(self.counters)
-        return {
-            "model": {
-                "name": spec.name,
-                "version": self.bundle.version,
-                "task": spec.schema.tasks[0],
-            },
-            "features": {
-                "version": store.version if pin and store else None,
-                "trained_on": pin.latents_version if pin else None,
-                "space": pin.space.id if pin else None,
-                "snapshot_id": pin.snapshot_id if pin else None,
-                "max_len": pin.max_len if pin else 0,
-                "retention_us": pin.retention_us if pin else None,
-                "watermark_ts": store.meta.get("watermark_ts") if store else None,
-            },
-            "fields": [self._describe_field(field) for field in spec.schema.fields],
-            "limits": {
-                "items": MAX_ITEMS,
-                "key_chars": MAX_KEY_CHARS,
-                "context_fields": MAX_CONTEXT_FIELDS,
-                "sequence_len": spec.sequence_len,
-                "body_bytes": MAX_BODY_BYTES,
-            },
-            "counters": counters,
-        }
-
-    def _describe_field(self, field: Field) -> dict[str, Any]:
-        default: str | float = "unknown id 0"
-        if field.kind == Kind.NUMERIC:
-            default = field.mean
-        elif field.kind == Kind.SEQUENCE:
-            default = "empty"
-        source = "request" if field.name in self._builder.request_fields else "bundle"
-        if field.name in self.bundle.spec.derive:
-            source = "request_ts"
-        return {
-            "name": field.name,
-            "side": field.side.value,
-            "kind": field.kind.value,
-            "source": source,
-            "per_item": field.side == Side.ITEM,
-            "num_ids": field.cardinality,
-            "default": default,
-        }
+            counters = replace(self.counters)
+        return describe(self.bundle, self._store, self._builder.request_fields, counters)
 
     def _read_histories(
         self, store: OnlineStore, queries: Sequence[ScoreQuery], pin: HistoryPin

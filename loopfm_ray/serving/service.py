@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loopfm_ray.errors import LoopFMError
+from loopfm_ray.serving.bundle import Bundle
 from loopfm_ray.serving.contract import (
     BatchResponse,
     ModelInfo,
@@ -21,6 +22,7 @@ from loopfm_ray.serving.contract import (
 )
 from loopfm_ray.serving.predictor import Predictor, Scored
 from loopfm_ray.serving.rollout import Rollouts, Served, is_canary_user
+from loopfm_ray.serving.watch import Watch, name_model
 
 __all__ = ["Opener", "Service", "ShadowReport"]
 
@@ -74,13 +76,22 @@ class Service:
     A request takes its slot once, so a change of the rollout never mixes two bundles in one answer.
     """
 
-    def __init__(self, opener: Opener, source: Callable[[], Rollouts] | None = None) -> None:
+    def __init__(
+        self,
+        opener: Opener,
+        source: Callable[[], Rollouts] | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         """Serve nothing yet; `apply` gives it models.
 
         Args:
             opener: loads what is new.
             source: asked by `reload` for the rollouts that count now; None changes by `apply` alone.
+            watch: told of what is served and scored; None watches nothing.
         """
+        self._watch = watch
+        if watch is not None:
+            watch.follow(self)
         self._open, self._source = opener, source
         self._last_failure = ""
         self._slots: Mapping[str, _Slot] = {}
@@ -88,6 +99,11 @@ class Service:
         self._apply_lock = threading.Lock()
         self._shadows = ThreadPoolExecutor(1, "shadow")
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING_SHADOWS)
+
+    @property
+    def watch(self) -> Watch | None:
+        """What watches it."""
+        return self._watch
 
     @property
     def revision(self) -> int:
@@ -121,6 +137,8 @@ class Service:
                     _log.error("model %s stays as it is: %s", name, error)
                     if before is not None:
                         slots[name] = replace(before, problem=str(error))
+            if self._watch is not None:
+                self._watch.retain(_answering(slots))
             self._slots, self._revision = slots, rollouts.revision
             return refused
 
@@ -155,6 +173,9 @@ class Service:
         variant = _variant(slot, name, query.user)
         predictor = slot.predictors[variant]
         scored = predictor.score(query)
+        if self._watch is not None:
+            labels = (name, variant, predictor.bundle.version)
+            self._watch.scored(labels, [query], [scored], request_id)
         self._score_along(slot, variant, [query], [scored])
         return predictor.answer(scored, request_id, name, variant)
 
@@ -178,6 +199,9 @@ class Service:
                 scored = predictor.score_many(chosen)
             except RequestError as error:
                 raise RequestError(error.message, places[error.index or 0]) from None
+            if self._watch is not None:
+                labels = (name, variant, predictor.bundle.version)
+                self._watch.scored(labels, chosen, scored, request_id, places)
             self._score_along(slot, variant, chosen, scored)
             for place, one in zip(places, scored, strict=True):
                 answers[place] = predictor.answer(one, request_id, name, variant)
@@ -205,7 +229,9 @@ class Service:
         with slot.lock:
             shadow = None if slot.shadow is None else asdict(slot.shadow)
         variants = {
-            role: one.describe() for role, one in slot.predictors.items() if role != "shadow"
+            role: one.describe() | self._drift(name, role, one)
+            for role, one in slot.predictors.items()
+            if role != "shadow"
         }
         return {
             "name": name,
@@ -215,6 +241,11 @@ class Service:
             "shadow": shadow,
             "problem": slot.problem or None,
         }
+
+    def _drift(self, name: str, role: str, predictor: Predictor) -> dict[str, Any]:
+        if self._watch is None:
+            return {}
+        return self._watch.drift((name, role, predictor.bundle.version))
 
     def summary(self) -> dict[str, Any]:  # Any: JSON
         """Return the models and their versions."""
@@ -257,6 +288,7 @@ class Service:
         slot = self._slots.get(name)
         if slot is None:
             raise UnknownModelError(f"no model {name!r} is served, there are {self.names}")
+        name_model(name)
         return slot
 
     def _score_along(
@@ -300,6 +332,16 @@ def _compare(
     with slot.lock:
         for one, other in zip(answered, scored, strict=True):
             report.add(one, other)
+
+
+def _answering(slots: Mapping[str, _Slot]) -> dict[tuple[str, str, str], Bundle]:
+    """Return what answers, by name, variant and version; a shadow does not."""
+    return {
+        (name, role, one.bundle.version): one.bundle
+        for name, slot in slots.items()
+        for role, one in slot.predictors.items()
+        if role != "shadow"
+    }
 
 
 def _variant(slot: _Slot, name: str, user: str) -> Variant:
