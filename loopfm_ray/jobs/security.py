@@ -17,10 +17,12 @@ from loopfm_ray.serving.keys import is_private
 
 __all__ = ["examine_security"]
 
+_TRAINING = "a training worker"
 _PROGRAMS = (
     ("ray::ProxyActor", "the proxy of Ray Serve"),
     ("haproxy", "HAProxy of Ray Serve"),
     ("ray::ServeReplica", "a replica of Ray Serve"),
+    ("ray::RayTrainWorker", _TRAINING),
     ("gcs_server", "the Ray head"),
     ("dashboard", "the Ray dashboard"),
     ("redis-server", "Redis"),
@@ -212,6 +214,8 @@ def _ports(
         if what in _DOORS:
             is_ok = set(ports) <= guarded
             yield Finding("open port", text, is_ok, "" if is_ok else _DOOR_ADVICE)
+        elif what == _TRAINING:
+            yield Finding("open port", text, True, _TRAINING_ADVICE)
         elif what == "Redis":
             yield Finding("open port", text, False, _REDIS_ADVICE)
         else:
@@ -226,6 +230,10 @@ _DOOR_ADVICE = (
     "set `host: 127.0.0.1`, or api_keys; name its serve config with --serve if it has keys"
 )
 _REDIS_ADVICE = "set `bind 127.0.0.1` in redis.conf, or a password (requirepass) and a firewall; whoever writes it changes scores"
+_TRAINING_ADVICE = (
+    "torch opens it for its process group while it trains, and has no setting for the interface: use a firewall if others"
+    " reach this machine"
+)
 _RAY_ADVICE = (
     "whoever reaches it runs code here: export RAY_AUTH_MODE=token for head, nodes and clients and start them again, or"
     " start with --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1"

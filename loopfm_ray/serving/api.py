@@ -125,7 +125,9 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or have it answered."""
-        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+        # behind a prefix, such as the `route_prefix` of Serve, a path begins with it
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path not in self._open_paths:
             request = Request(scope)
             try:
                 admit(self._gate, request.headers.get("authorization", ""))

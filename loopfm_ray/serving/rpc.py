@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 SERVICE = wire.DESCRIPTOR.services_by_name["Scoring"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 METHODS = ("Score", "Batch", "ListModels", "GetModel", "Check")
-MAX_PROBLEM_ERRORS = 20
-"""Fields named in a problem: trailing metadata has to stay below 8 KB, detail and all."""
-_MAX_DETAIL_CHARS = 1000
+MAX_PROBLEM_BYTES = 4096
+"""Of the JSON of a problem. Trailing metadata has to stay below 8 KB, where this takes a third more and the detail up to thrice."""
+_MAX_DETAIL_BYTES = 500
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -217,22 +217,26 @@ def _refuse(
 ) -> list[tuple[str, str | bytes]]:
     """Set the status of a refusal; return what belongs into its trailing metadata."""
     context.set_code(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL))
-    detail = refusal.detail[:_MAX_DETAIL_CHARS]
+    detail = refusal.detail.encode()[:_MAX_DETAIL_BYTES].decode(errors="ignore")
     context.set_details(detail)
-    short = Refusal(refusal.status, detail, _bounded(refusal.errors))
     trailing: list[tuple[str, str | bytes]] = [
-        ("problem-bin", short.problem(request_id).model_dump_json().encode())
+        ("problem-bin", _problem(refusal.status, detail, refusal.errors, request_id))
     ]
     if refusal.retry_after_s is not None:
         trailing.append(("retry-after", str(refusal.retry_after_s)))
     return trailing
 
 
-def _bounded(errors: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the first errors, with short messages: all of them could be more than metadata may hold."""
-    return [
-        {name: text[:160] for name, text in error.items()} for error in errors[:MAX_PROBLEM_ERRORS]
-    ]
+def _problem(status: int, detail: str, errors: Sequence[dict[str, str]], request_id: str) -> bytes:
+    """Return the JSON of a problem, with as many of its errors as metadata may hold."""
+    body, kept = b"", list[dict[str, str]]()
+    for error in (None, *errors):
+        kept += [] if error is None else [error]
+        longer = Refusal(status, detail, kept).problem(request_id).model_dump_json().encode()
+        if error is not None and len(longer) > MAX_PROBLEM_BYTES:
+            break
+        body = longer
+    return body
 
 
 def _check_known(sent: Message) -> None:

@@ -90,6 +90,7 @@ def test_a_clean_local_set_up_has_no_faults(machine, files):
     machine.listen(MAPPED, 40000, HEAD, "disabled")
     machine.listen(LOOPBACK_6, 40001, "ray::ServeReplica:loopfm:vm", "disabled")
     machine.listen(LOOPBACK, 8000, "ray::ProxyActor", "disabled")
+    machine.listen(EVERYWHERE_6, 52285, "ray::RayTrainWorker", "disabled")  # torch's process group
     machine.listen(EVERYWHERE, 22, "sshd")
     machine.listen(EVERYWHERE, 5432, "postgres", is_mine=False)
     machine.listen(EVERYWHERE, 8265, "ray dashboard", state="01")  # a connection, no listener

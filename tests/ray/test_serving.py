@@ -1,5 +1,7 @@
+import asyncio
 import inspect
 import json
+import os
 import ssl
 import sys
 import time
@@ -14,6 +16,10 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import cloudpickle, serve
+from ray.serve._private import replica
+from ray.serve._private.grpc_util import start_grpc_server
+from ray.serve.config import gRPCOptions
+from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.schema import ServeDeploySchema
 
 from loopfm_ray.config import dump_yaml, load_config
@@ -22,12 +28,14 @@ from loopfm_ray.errors import BundleError, ConfigError
 from loopfm_ray.experiments import RayConfig
 from loopfm_ray.jobs.cluster import connect
 from loopfm_ray.jobs.listening import listeners
+from loopfm_ray.jobs.replica_port import keep_on_loopback
 from loopfm_ray.jobs.serving import (
     APP_NAME,
     DEPLOYMENT_NAME,
     ServeConfig,
     build_app,
     follow,
+    grpc_options,
     start,
     stop,
 )
@@ -46,6 +54,7 @@ from loopfm_ray.serving.rollout import (
     rollback,
     write_rollouts,
 )
+from loopfm_ray.serving.rpc import ScoringServicer
 from loopfm_ray.serving.scoring_pb2_grpc import ScoringStub
 from loopfm_ray.store.publish import load_memory, publish
 from loopfm_ray.types import MICROS_PER_DAY
@@ -360,12 +369,12 @@ def test_running_replicas_follow_the_rollout_file_and_the_deployment_file(url, w
 
     deploy(one)
     ask_until(f"{url}/filed", versions[0], seen)
-    (replica,) = (
+    (state,) = (
         serve.status().applications["filed"].deployments[DEPLOYMENT_NAME].replica_states.items()
     )
     deploy(two)
     ask_until(f"{url}/filed", versions[1], seen)
-    assert replica == ("RUNNING", 1)
+    assert state == ("RUNNING", 1)
     serve.delete("filed")
 
 
@@ -492,3 +501,80 @@ def test_too_many_are_told_when_to_come_back_and_a_stopped_replica_ends_what_it_
         time.sleep(0.3)  # it is in the replica now
         serve.delete("slow")
         assert late.result()[0] == 404
+
+
+def is_mine_on_loopback(port):
+    """Return whether what this process has at a port is on loopback alone."""
+    mine = [one for one in listeners() if one.pid == os.getpid() and one.port == port]
+    assert mine
+    return all(one.is_loopback for one in mine)
+
+
+def test_the_port_that_serve_opens_in_a_replica_stays_on_loopback_where_the_node_does(monkeypatch):
+    original = replica.add_port_to_grpc_server
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", original)  # put back at the end
+    assert not keep_on_loopback("10.2.0.10")
+    assert replica.add_port_to_grpc_server is original
+    before, after = (grpc.server(ThreadPoolExecutor(1)) for _ in range(2))
+    # as `ReplicaBase` calls it
+    open_port = replica.add_port_to_grpc_server(before, "[::]:0")
+    assert keep_on_loopback("127.0.0.1")
+    closed_port = replica.add_port_to_grpc_server(after, "[::]:0")
+    before.start()
+    after.start()
+    try:
+        assert not is_mine_on_loopback(open_port)  # else there is nothing to close any more
+        assert is_mine_on_loopback(closed_port)
+    finally:
+        before.stop(None)
+        after.stop(None)
+    assert '"[::]:0"' in inspect.getsource(replica)
+
+
+class Summary:
+    """A scorer of which nothing but its summary is asked."""
+
+    def summary(self):
+        return {"revision": 7, "models": [{"name": "vm", "version": "abc"}]}
+
+
+def test_serves_own_grpc_server_takes_our_methods_and_listens_everywhere():
+    """What Serve's proxy does with a call, without its actors."""
+    servicer = ScoringServicer(Summary(), lambda: 0)
+    (port,) = free_ports(1)
+
+    def factory(service_method, streaming_type):
+        async def handler(request, context):
+            mine = RayServegRPCContext(context)
+            made = getattr(servicer, service_method.split("/")[-1])(request, mine)
+            mine._set_on_grpc_context(context)
+            return made.SerializeToString()
+
+        return handler
+
+    async def ask():
+        options = gRPCOptions(**grpc_options(port))
+        loop = asyncio.get_running_loop()
+        task, server = await start_grpc_server(factory, options, event_loop=loop)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = ScoringStub(channel)
+            models = await stub.ListModels(wire.ListModelsRequest())
+            request = health_pb2.HealthCheckRequest()
+            health = await health_pb2_grpc.HealthStub(channel).Check(request)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Score(wire.ScoreRequest(model="vm"))
+            reflection = channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")  # fmt: skip
+            with pytest.raises(grpc.aio.AioRpcError) as hidden:
+                await reflection(b"")
+        is_loopback = is_mine_on_loopback(port)
+        await server.stop(None)
+        await task
+        return models, health, refused.value, hidden.value, is_loopback
+
+    models, health, refused, hidden, is_loopback = asyncio.run(ask())
+    assert (models.revision, models.models[0].name, health.status) == (7, "vm", 1)
+    assert refused.code() == grpc.StatusCode.INVALID_ARGUMENT
+    problem = json.loads(dict(refused.trailing_metadata())["problem-bin"])
+    assert {error["field"] for error in problem["errors"]} == {"user", "items"}
+    assert hidden.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert not is_loopback  # why `grpc_port` takes keys

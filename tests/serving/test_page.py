@@ -214,6 +214,17 @@ def test_with_keys_the_files_are_open_and_the_data_is_not(service):
     assert client.get("/v1/models/vm/samples", headers=headers).status_code == 200
 
 
+def test_behind_a_prefix_the_same_paths_are_open(service):
+    keys, _ = add_key(ApiKeys(), "one")
+    page = Page(service, asks_loopback=False)
+    app = create_api(service, gate=Gate(keys.keys, lambda: 0.0), page=page)
+    client = TestClient(app, root_path="/keyed", base_url="http://ranker.example")
+    for path in (*FILES, "/healthz", "/readyz"):
+        assert client.get(f"/keyed{path}").status_code == 200, path
+    for path in ("/keyed/v1/models", "/keyed/keyed/ui", "/keyed/v1/models/vm/samples"):
+        assert client.get(path).status_code == 401
+
+
 def test_the_page_is_on_where_http_is_on_loopback_alone(monkeypatch):
     assert ServeConfig(bundle="b").has_ui
     assert not ServeConfig(bundle="b", ui=False).has_ui

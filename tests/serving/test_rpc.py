@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loopfm_ray.jobs.serving import ServeConfig
 from loopfm_ray.serving import scoring_pb2 as wire
 from loopfm_ray.serving.api import create_api
-from loopfm_ray.serving.contract import MAX_BODY_BYTES, MAX_ITEMS
+from loopfm_ray.serving.contract import MAX_BODY_BYTES, MAX_ITEMS, RequestError
 from loopfm_ray.serving.generate import _ROOT, GENERATED, generate
 from loopfm_ray.serving.keys import ApiKeys, Gate, add_key
 from loopfm_ray.serving.rollout import Rollouts, Served, promote
@@ -236,11 +236,25 @@ def test_a_message_over_the_limit_is_refused(door):
     assert problem["status"] == 413
 
 
-def test_a_problem_of_many_fields_fits_trailing_metadata(door):
-    body = {"user": "u", "items": [""] * 1000, "context": {"c" * 128: "v" * 257}}
+@pytest.mark.parametrize("letter", ["c", "é", "\U0001f600", '"'])
+def test_a_problem_of_many_fields_fits_trailing_metadata(door, letter):
+    context = {f"{letter * 120}{n}": "v" * 257 for n in range(256)}
+    body = {"user": "u", "items": [""] * 1000, "context": context}
     _, problem, _ = refused(lambda: score(door, body))
-    assert len(problem["errors"]) == 20
-    assert len(json.dumps(problem)) < 7000
+    expected = door.http.post(SCORE, json=body).json()["errors"]
+    assert 0 < len(problem["errors"]) < len(expected)
+    for mine, other in zip(problem["errors"], expected, strict=False):
+        assert mine["field"] == other["field"]
+    assert len(json.dumps(problem, ensure_ascii=False).encode()) < 4500
+
+
+def test_a_long_detail_is_cut(door, monkeypatch):
+    def refuse(name, query, request_id):
+        raise RequestError("é" * 4000)
+
+    monkeypatch.setattr(door.servicer.scorer, "respond", refuse)
+    _, problem, _ = refused(lambda: score(door, {"user": "u", "items": ["1"]}))
+    assert problem["detail"] == "é" * 250
 
 
 def test_own_failure_tells_nothing_of_the_inside(door):
