@@ -85,7 +85,7 @@ def write_bundle(
     names = {field.name for field in schema.fields}
     derive = tuple(name for name in ("hour", "weekday") if name in names)
     spec = BundleSpec("vm", config, schema, history=pin, derive=derive)
-    save_bundle(path, spec, model, data, {"prepared": data.manifest.version}, backends)
+    save_bundle(path, spec, model, data, {"prepared": data.manifest.version}, backends=backends)
 
 
 def histories(num_users: int, request_ts: int, seed: int = 3) -> Iterator[tuple[str, bytes]]:

@@ -97,7 +97,7 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
             name,
         )
     backends = config.online.backends
-    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs, backends, reference)
+    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs, reference, backends)
 
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:

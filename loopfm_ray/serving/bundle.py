@@ -194,8 +194,8 @@ def save_bundle(
     model: VerticalModel,
     prepared: PreparedData,
     inputs: Mapping[str, str],
-    backends: Sequence[Backend] = ("torch",),
     reference: Reference | None = None,
+    backends: Sequence[Backend] = ("torch",),
 ) -> Manifest:
     """Write a bundle as one version at `location`, replacing another one there.
 
@@ -205,8 +205,8 @@ def save_bundle(
         model: trained weights; has to fit `spec`.
         prepared: data the VM was trained on; its vocabularies and tables are cut to the VM's schema.
         inputs: versions of what the VM was made from, by name.
-        backends: what the bundle can be run with; torch always.
         reference: that drift is measured against while it serves; None measures none, and the service says so.
+        backends: what the bundle can be run with; torch always.
 
     Raises:
         BundleError: the weights do not fit `spec`, or the model can not be exported to ONNX.

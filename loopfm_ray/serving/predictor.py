@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -72,7 +72,7 @@ class Scored:
     features: RequestFeatures
     history: HistoryRead | None
     latents_version: str | None
-    timing: Timing
+    timing: Timing = field(compare=False)
 
     @property
     def is_unknown_user(self) -> bool:

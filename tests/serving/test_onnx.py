@@ -29,7 +29,9 @@ def exported(world, tmp_path_factory):
     """The world's bundle with all back ends."""
     folder = tmp_path_factory.mktemp("onnx") / "bundle"
     prepared = PreparedData.open(world.prepared)
-    save_bundle(folder, world.spec, world.model, prepared, {}, ("torch", "onnx", "onnx_int8"))
+    save_bundle(
+        folder, world.spec, world.model, prepared, {}, backends=("torch", "onnx", "onnx_int8")
+    )
     return folder
 
 
@@ -102,7 +104,7 @@ def test_a_vm_without_history(world, tmp_path):
     spec = replace(world.spec, vm=DnnConfig(hidden=(8,)), history=None)
     model = make_model(spec.vm, spec.schema).eval()
     prepared = PreparedData.open(world.prepared)
-    save_bundle(tmp_path / "b", spec, model, prepared, {}, ("onnx",))
+    save_bundle(tmp_path / "b", spec, model, prepared, {}, backends=("onnx",))
     asked = query(user="u3")
     expected = load_predictor(tmp_path / "b").score(asked).probs
     found = load_predictor(tmp_path / "b", backend="onnx").score(asked).probs
