@@ -18,8 +18,9 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig
 from loopfm_ray.models.registry import build_vm
-from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
+from loopfm_ray.serving.bundle import save_bundle
 from loopfm_ray.serving.contract import Backend
+from loopfm_ray.serving.spec import BundleSpec, HistoryPin
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.online import UserHistory, pack_history
 from loopfm_ray.store.space import Space

@@ -318,7 +318,7 @@ def serve(
     """Serve the run's VM with its published histories over HTTP, on loopback if nothing else is set, until Ctrl-C."""
     settings = _load(config, overrides, verbose)
     from loopfm_ray.jobs.scoring import serve_forever
-    from loopfm_ray.jobs.serving import ServeConfig
+    from loopfm_ray.serving.config import ServeConfig
 
     def announce(url: str, served: ServeConfig) -> None:
         page = f", a page to look at at {url}/ui" if served.has_ui else ""

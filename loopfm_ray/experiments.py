@@ -26,8 +26,8 @@ from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig, RawHistoryConfig
 from loopfm_ray.models.registry import VmConfig
-from loopfm_ray.serving.bundle import why_not_servable
 from loopfm_ray.serving.contract import Backend
+from loopfm_ray.serving.spec import why_not_servable
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig

@@ -10,8 +10,9 @@ from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.metrics.binary import normalized_entropy
 from loopfm_ray.serving.baseline import measure_reference
-from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, load_bundle, save_bundle
+from loopfm_ray.serving.bundle import load_bundle, save_bundle
 from loopfm_ray.serving.parity import load_offline
+from loopfm_ray.serving.spec import BundleSpec, HistoryPin
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.store.space import Space

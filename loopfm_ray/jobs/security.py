@@ -114,7 +114,7 @@ def _services(path: Path) -> Iterator[_Service]:
 
 
 def _exposure(service: _Service) -> Finding:
-    from loopfm_ray.jobs.serving import ServeConfig
+    from loopfm_ray.serving.config import ServeConfig
 
     settings = dict(service.settings)
     if not any(settings.get(name) for name in ("bundle", "rollouts", "models")):

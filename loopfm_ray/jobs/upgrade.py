@@ -16,7 +16,8 @@ from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import read_run
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.materialize import Scope, materialize
-from loopfm_ray.serving.bundle import HistoryPin, load_bundle
+from loopfm_ray.serving.bundle import load_bundle
+from loopfm_ray.serving.spec import HistoryPin
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.coverage import Coverage, compare_coverage
 from loopfm_ray.store.filesystem import Location

@@ -11,8 +11,9 @@ from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import Side
 from loopfm_ray.metrics.binary import sigmoid
 from loopfm_ray.models.vertical import VerticalModel
-from loopfm_ray.serving.bundle import BundleSpec, vocabulary_sizes
+from loopfm_ray.serving.bundle import vocabulary_sizes
 from loopfm_ray.serving.reference import Reference, make_reference
+from loopfm_ray.serving.spec import BundleSpec
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.types import UNKNOWN_ID, TimeRange

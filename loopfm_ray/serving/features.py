@@ -19,8 +19,9 @@ from loopfm_ray.data.collate import Batch, Collator, History
 from loopfm_ray.data.derive import derive_context
 from loopfm_ray.data.history_sources import lay_out_latents
 from loopfm_ray.data.schema import Field, Kind, Side
-from loopfm_ray.serving.bundle import Bundle, HistoryPin
+from loopfm_ray.serving.bundle import Bundle
 from loopfm_ray.serving.contract import ContextValue, RequestError, ScoreQuery
+from loopfm_ray.serving.spec import HistoryPin
 from loopfm_ray.store.online import UserHistory, is_cut, visible_slice
 from loopfm_ray.types import MICROS_PER_S, UNKNOWN_ID
 

@@ -20,9 +20,10 @@ from loopfm_ray.data.examples import ExampleSet, Rows, concat_rows, iterate_rows
 from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import Kind, Side
 from loopfm_ray.errors import BundleError, DataError, JobError
-from loopfm_ray.serving.bundle import Bundle, HistoryPin
+from loopfm_ray.serving.bundle import Bundle
 from loopfm_ray.serving.contract import MAX_ITEMS, ContextValue, ScoreQuery
 from loopfm_ray.serving.predictor import Predictor, score_probs
+from loopfm_ray.serving.spec import HistoryPin
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import read_manifest

@@ -16,7 +16,7 @@ from loopfm_ray.data.joined import USER_SOURCE
 from loopfm_ray.errors import BundleError, StoreError, UnreachableError
 from loopfm_ray.metrics.binary import sigmoid
 from loopfm_ray.serving.breaker import Breaker
-from loopfm_ray.serving.bundle import Bundle, HistoryPin, load_bundle
+from loopfm_ray.serving.bundle import Bundle, load_bundle
 from loopfm_ray.serving.contract import (
     Backend,
     FeatureInfo,
@@ -27,6 +27,7 @@ from loopfm_ray.serving.contract import (
 )
 from loopfm_ray.serving.describe import Counters, describe
 from loopfm_ray.serving.features import FeatureBuilder, HistoryRead, RequestFeatures, read_histories
+from loopfm_ray.serving.spec import HistoryPin
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.online import OnlineStore, UserHistory
 from loopfm_ray.store.space import Space

@@ -9,7 +9,8 @@ from loopfm_ray.config import config_hash
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError
 from loopfm_ray.models.dnn import DnnConfig
-from loopfm_ray.serving.bundle import load_bundle, read_spec, save_bundle, spec_tree
+from loopfm_ray.serving.bundle import load_bundle, save_bundle
+from loopfm_ray.serving.spec import read_spec, spec_tree
 from loopfm_ray.store.manifest import commit, read_manifest, stage
 from tests.model_inputs import histories
 from tests.serving.world import make_model

@@ -16,9 +16,10 @@ from loopfm_ray.models.history_inputs import (
     SideConfig,
 )
 from loopfm_ray.models.registry import ENCODERS, VMS
-from loopfm_ray.serving.bundle import load_bundle, save_bundle, why_not_servable
+from loopfm_ray.serving.bundle import load_bundle, save_bundle
 from loopfm_ray.serving.parity import check_parity, load_offline
 from loopfm_ray.serving.predictor import load_predictor
+from loopfm_ray.serving.spec import why_not_servable
 from loopfm_ray.types import TimeRange
 from tests.contract.test_models import ENCODER_ROWS, VM_ROWS
 from tests.serving.world import CODE, STOP, VM_STOP, make_model

@@ -24,7 +24,8 @@ from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.registry import AnyVmConfig, build_vm
 from loopfm_ray.models.vertical import VerticalModel
-from loopfm_ray.serving.bundle import BundleSpec, HistoryPin, save_bundle
+from loopfm_ray.serving.bundle import save_bundle
+from loopfm_ray.serving.spec import BundleSpec, HistoryPin
 from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsWriter
