@@ -7,7 +7,7 @@ from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells
 from loopfm_ray.analysis.cells import headline as numbers
 from loopfm_ray.errors import DataError
 from loopfm_ray.report.grid import build_grid_report, headline, render_grid, render_markdown
-from tests.report.test_browser import chromium, load  # noqa: F401  # a fixture
+from tests.report.test_browser import load
 
 ROLES = Compared("none", "kd", "kd_loopfm")
 AUC = {"fm": 0.8, "none": 0.60, "kd": 0.61, "kd_loopfm": 0.70, "own|arm": 0.65}
@@ -103,7 +103,7 @@ def test_both_files_are_written_and_a_summary_of_something_else_is_refused(tmp_p
 
 @pytest.mark.browser
 @pytest.mark.timeout(180)
-def test_charts_are_drawn_without_console_messages(chromium, tmp_path):  # noqa: F811
+def test_charts_are_drawn_without_console_messages(chromium, tmp_path):
     page = build_grid_report(grid_summary(), tmp_path)
     dom, console = load(chromium, page, tmp_path, "--dump-dom")
     assert console == []
