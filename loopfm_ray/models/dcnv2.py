@@ -95,7 +95,7 @@ class CrossExperts(nn.Module):
         crossed = x
         layers = zip(self.down, self.mix, self.up, self.bias, self.gate, strict=True)
         for down, mix, up, bias, gate in layers:
-            inner = torch.tanh(down(crossed)).view(-1, self.num_experts, self.rank)
+            inner = torch.tanh(down(crossed)).view(x.shape[0], self.num_experts, self.rank)
             inner = torch.tanh(torch.einsum("bkr,krs->bks", inner, mix))
             # the gate scales each expert's inner vector: its map back is linear, and gates sum to 1
             inner = inner * torch.softmax(gate(crossed), -1)[..., None]

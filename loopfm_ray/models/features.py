@@ -69,7 +69,7 @@ class FeatureInput(nn.Module):
             parts.append(masked_mean(events, ids > 0))
         numeric = batch.numeric.clamp(-_MAX_NUMERIC, _MAX_NUMERIC)
         flat = torch.cat(parts, -1) if parts else numeric[:, :0]
-        embedded = flat.view(-1, len(self.names), self.embeddings.dim)
+        embedded = flat.view(flat.shape[0], len(self.names), self.embeddings.dim)
         return FieldParts(embedded, numeric)
 
     def forward(self, batch: Batch) -> Tensor:
