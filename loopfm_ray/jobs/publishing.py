@@ -55,11 +55,10 @@ def _int8_ne_loss(config: PipelineConfig) -> float:
         BundleError: more than the config allows.
     """
     data = PreparedData.open(config.paths.prepared)
-    window = config.data.split.ranges(*data.log_range).vm_valid
     joined, ne = config.paths.joined(config.seeds[0]), {}
     for backend in ("torch", "onnx_int8"):
         bundle = load_bundle(config.paths.bundle, backend)
-        sample = load_offline(bundle, data, joined, window, _INT8_REQUESTS)
+        sample = load_offline(bundle, data, joined, splits_of(config).vm_valid, _INT8_REQUESTS)
         label = sample.rows[bundle.spec.schema.tasks[0]]
         ne[backend] = normalized_entropy(label, sample.probs)
     loss = ne["onnx_int8"] - ne["torch"]

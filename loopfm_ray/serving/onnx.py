@@ -21,6 +21,7 @@ from loopfm_ray.data.batch import Batch, History
 from loopfm_ray.data.joined import USER_SOURCE
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import BundleError
+from loopfm_ray.metrics.binary import sigmoid
 from loopfm_ray.models.vertical import VerticalModel
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def _check(blocks: _Blocks, schema: FeatureSchema, signature: _Signature, path: 
             ) from error
         with torch.inference_mode():
             expected = blocks(*(torch.from_numpy(arrays[name]) for name in signature.names))
-        gap = np.abs(_probs(found) - _probs(expected.numpy()))
+        gap = np.abs(sigmoid(found) - sigmoid(expected.numpy()))
         largest = max(largest, float(gap.max()))
     if not largest <= MAX_DIFFERENCE:
         raise BundleError(
@@ -323,7 +324,3 @@ def _check(blocks: _Blocks, schema: FeatureSchema, signature: _Signature, path: 
             " it with torch"
         )
     return largest
-
-
-def _probs(logit: Floats) -> NDArray[np.float64]:
-    return np.asarray(1 / (1 + np.exp(-np.asarray(logit, dtype=np.float64))))
