@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from machine import describe_machine
+from numpy.typing import NDArray
 from serve_load import free_port
 from serve_world import (
     CANDIDATES,
@@ -40,8 +41,23 @@ Record = dict[str, Any]  # Any: JSON
 
 
 def measure_reads(store: OnlineStore, world: World, reads: int) -> Record:
-    """Time the read of one user, from key to the decoded latents that a request sees."""
-    rng = np.random.default_rng(1)
+    """Time the read of one user, from key to the decoded latents that a request sees: the first time, and once all were read."""
+    first = time_reads(store, world, reads, 1)
+    for begin in range(0, world.num_users, 1000):  # every page of the file is mapped by then
+        store.get_many([f"u{n:08d}" for n in range(begin, min(begin + 1000, world.num_users))])
+    took = time_reads(store, world, reads, 2)
+    return {
+        "p50_us": float(np.percentile(took, 50)),
+        "p99_us": float(np.percentile(took, 99)),
+        "first_p50_us": float(np.percentile(first, 50)),
+        "first_p99_us": float(np.percentile(first, 99)),
+        "interpreter_p99_over_p50": interpreter_noise(),
+    }
+
+
+def time_reads(store: OnlineStore, world: World, reads: int, seed: int) -> NDArray[np.float64]:
+    """Return microseconds of reads of random users."""
+    rng = np.random.default_rng(seed)
     users = [f"u{n:08d}" for n in rng.integers(0, world.num_users, reads)]
     spec, took = space().code_spec, np.empty(reads)
     for n, user in enumerate(users):
@@ -51,8 +67,34 @@ def measure_reads(store: OnlineStore, world: World, reads: int) -> Record:
         latents = decode(found.codes[rows], spec)
         took[n] = time.perf_counter() - began
     assert latents.shape == (MAX_LEN, spec.dim)
-    warm = took[reads // 10 :] * 1e6
-    return {"p50_us": float(np.percentile(warm, 50)), "p99_us": float(np.percentile(warm, 99))}
+    return took * 1e6
+
+
+def interpreter_noise() -> float:
+    """Return p99 / p50 of a loop that does nothing, of about the length of a read: what the machine itself adds."""
+    took = np.empty(20_000)
+    for n in range(len(took)):
+        began = time.perf_counter()
+        for _ in range(400):
+            pass
+        took[n] = time.perf_counter() - began
+    return float(np.percentile(took, 99) / np.percentile(took, 50))
+
+
+def measure_round_trip(url: str) -> Record:
+    """Time a GET of one record by the bare client: no read over this connection can be faster."""
+    import redis
+
+    client = redis.Redis.from_url(url)
+    client.set("loopfm-benchmark", bytes(1600))
+    took = np.empty(5000)
+    for n in range(len(took)):
+        began = time.perf_counter()
+        client.get("loopfm-benchmark")
+        took[n] = time.perf_counter() - began
+    client.delete("loopfm-benchmark")
+    client.close()
+    return {"get_p50_us": float(np.percentile(took * 1e6, 50))}
 
 
 def measure_pipelined(store: OnlineStore, world: World, batches: int) -> Record:
@@ -248,7 +290,7 @@ def report(args: argparse.Namespace, folder: Path) -> Record:
         small = World(world.bundle, world.online, args.redis_users, world.request_ts, world.items)
         redis = open_current(args.redis, space().id)
         reads["redis"] = measure_reads(redis, small, args.reads // 10)
-        reads["redis"] |= measure_pipelined(redis, small, 200)
+        reads["redis"] |= measure_pipelined(redis, small, 200) | measure_round_trip(args.redis)
         redis.close()
     if args.feast_python:
         reads["feast"] = measure_feast(args, folder, world)

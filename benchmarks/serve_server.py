@@ -56,25 +56,26 @@ def run_uvicorn(args: argparse.Namespace) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> None:
-    """Serve by Ray Serve on a local cluster; the time counts from when Ray is up."""
+    """Serve by Ray Serve on a local cluster; the times of its own processes and of the deployment are told apart."""
     from loopfm_ray.experiments import RayConfig
     from loopfm_ray.jobs import serving
     from loopfm_ray.jobs.cluster import connect
 
     with connect(RayConfig()):
         began = time.perf_counter()
-        serving.start(
-            serving.ServeConfig(
-                bundle=args.bundle,
-                online=args.online,
-                backend=args.backend,
-                port=args.port,
-                api_keys=args.keys,
-                max_queued_requests=-1,
-                log_level="WARNING",
-            )
+        config = serving.ServeConfig(
+            bundle=args.bundle,
+            online=args.online,
+            backend=args.backend,
+            port=args.port,
+            api_keys=args.keys,
+            max_queued_requests=-1,
+            log_level="WARNING",
         )
-        ready(time.perf_counter() - began, replica_pid())
+        serving.start_proxies(config)
+        proxies_s = time.perf_counter() - began
+        serving.start(config)  # Serve is there by now, so this deploys alone
+        ready(time.perf_counter() - began - proxies_s, replica_pid(), proxies_s)
         sys.stdin.read()
         serving.stop()
 
@@ -89,8 +90,9 @@ def replica_pid() -> int:
     return max(found)
 
 
-def ready(seconds: float, pid: int) -> None:
-    print("READY " + json.dumps({"start_s": seconds, "pid": pid}), flush=True)
+def ready(start_s: float, pid: int, proxies_s: float = 0.0) -> None:
+    found = {"start_s": start_s, "proxies_s": proxies_s, "pid": pid}
+    print("READY " + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

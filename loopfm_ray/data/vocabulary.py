@@ -1,6 +1,7 @@
 """Keys to ids: given out by first appearance in time from 1 on, so what was known at a time is a prefix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,8 @@ class Vocabulary:
 
     def encode(self, keys: Sequence[str | None]) -> Ids:
         """Return [n] int32 ids of `keys`; 0 where a key is None or not known."""
-        find = self._ids.get
-        return np.fromiter(
-            (UNKNOWN_ID if key is None else find(key, UNKNOWN_ID) for key in keys),
-            np.int32,
-            len(keys),
-        )
+        find: Callable[..., int] = self._ids.get  # None is no key
+        return np.fromiter(map(find, keys, repeat(UNKNOWN_ID)), np.int32, len(keys))
 
     def cardinality_as_of(self, ts: int) -> int:
         """Return the number of ids, 0 included, of keys first seen before `ts`."""

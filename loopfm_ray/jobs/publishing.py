@@ -8,10 +8,8 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import Context, needed, splits_of
-from loopfm_ray.metrics.binary import normalized_entropy
-from loopfm_ray.serving.baseline import measure_reference
-from loopfm_ray.serving.bundle import load_bundle, save_bundle
-from loopfm_ray.serving.parity import load_offline
+from loopfm_ray.serving.baseline import measure_int8_loss, measure_reference
+from loopfm_ray.serving.bundle import save_bundle
 from loopfm_ray.serving.spec import BundleSpec, HistoryPin
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.publish import publish
@@ -21,8 +19,6 @@ from loopfm_ray.train.trained import load_trained_vm
 __all__ = ["export_bundle", "run_publish"]
 
 _LOGGER = logging.getLogger(__name__)
-_INT8_REQUESTS = 5000
-"""Validation requests that the loss of 8-bit weights is measured on."""
 
 
 def run_publish(context: Context) -> dict[str, Any]:
@@ -31,7 +27,7 @@ def run_publish(context: Context) -> dict[str, Any]:
     seed = config.seeds[0]
     context.progress("publish", 0, 2)
     latents = needed(config.paths.latents(seed), "materialize")
-    bundle = export_bundle(config, Space.of_meta(latents.meta))
+    bundle, int8_loss = export_bundle(config, Space.of_meta(latents.meta))
     context.progress("publish", 1, 2)
     users = PreparedData.open(config.paths.prepared).users.keys
     live = publish(
@@ -43,36 +39,35 @@ def run_publish(context: Context) -> dict[str, Any]:
     context.progress("publish", 2, 2)
     space = Space.of_meta(latents.meta).id
     found: dict[str, Any] = {"bundle": bundle.version, "histories": live, "space": space}
-    if "onnx_int8" in config.online.backends:
-        found["int8_ne_loss"] = _int8_ne_loss(config)
+    if int8_loss is not None:
+        found["int8_ne_loss"] = int8_loss
     return found
 
 
-def _int8_ne_loss(config: PipelineConfig) -> float:
-    """Return what 8-bit weights add to the NE on a sample of the validation requests.
+def _check_int8(config: PipelineConfig, loss: float) -> None:
+    """Check what 8-bit weights add to the NE of the validation window.
 
     Raises:
         BundleError: more than the config allows.
     """
-    data = PreparedData.open(config.paths.prepared)
-    joined, ne = config.paths.joined(config.seeds[0]), {}
-    for backend in ("torch", "onnx_int8"):
-        bundle = load_bundle(config.paths.bundle, backend)
-        sample = load_offline(bundle, data, joined, splits_of(config).vm_valid, _INT8_REQUESTS)
-        label = sample.rows[bundle.spec.schema.tasks[0]]
-        ne[backend] = normalized_entropy(label, sample.probs)
-    loss = ne["onnx_int8"] - ne["torch"]
     limit = config.online.int8_max_ne_loss
     if not loss <= limit:
         raise BundleError(
-            f"8-bit weights add {loss:.5f} to the validation NE ({ne['torch']:.5f}), at most {limit:g} may be"
-            " (online.int8_max_ne_loss): serve with onnx, or raise the limit"
+            f"8-bit weights add {loss:.5f} to the validation NE, at most {limit:g} may be (online.int8_max_ne_loss): leave"
+            " onnx_int8 out of online.backends and serve with onnx, or raise the limit; nothing was published"
         )
-    return loss
 
 
-def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
-    """Write the bundle of the VM that is served, from the first seed; its histories have to be of `space`."""
+def export_bundle(config: PipelineConfig, space: Space) -> tuple[Manifest, float | None]:
+    """Write the bundle of the VM that is served, from the first seed; its histories have to be of `space`.
+
+    Returns:
+        The bundle's manifest, and what 8-bit weights add to the validation NE where the bundle holds them.
+
+    Raises:
+        BundleError: 8-bit weights cost more than the config allows, or the model can not be exported.
+        StoreError: the VM was trained in another space.
+    """
     seed, name = config.seeds[0], config.online.model
     data = PreparedData.open(config.paths.prepared)
     trained_manifest = needed(config.paths.vm(seed, name), "train-vm")
@@ -88,16 +83,26 @@ def export_bundle(config: PipelineConfig, space: Space) -> Manifest:
         sequence_len=config.data.sequence_len,
     )
     inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
-    reference = measure_reference(
-        spec, trained.model.eval(), data, config.paths.joined(seed), splits_of(config).vm_valid
+    measured_on = (
+        trained.model.eval(),
+        data,
+        config.paths.joined(seed),
+        splits_of(config).vm_valid,
     )
+    backends, int8_loss = config.online.backends, None
+    if "onnx_int8" in backends:
+        int8_loss = measure_int8_loss(spec, *measured_on)
+        _check_int8(config, int8_loss)
+    reference = measure_reference(spec, *measured_on)
     if reference is None:
         _LOGGER.warning(
             "the joined set has no rows of the validation window: the bundle of %s has no reference to measure drift against",
             name,
         )
-    backends = config.online.backends
-    return save_bundle(config.paths.bundle, spec, trained.model, data, inputs, reference, backends)
+    manifest = save_bundle(
+        config.paths.bundle, spec, trained.model, data, inputs, reference, backends
+    )
+    return manifest, int8_loss
 
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:

@@ -42,6 +42,7 @@ __all__ = [
     "build_app",
     "load",
     "start",
+    "start_proxies",
     "stop",
 ]
 
@@ -123,6 +124,21 @@ def start(config: ServeConfig, loader: Loader = load) -> str:
         StoreError: the key file, or a file of TLS, is missing, damaged or open to others.
         RuntimeError: the replica could not load; Ray's message holds the reason.
     """
+    url = start_proxies(config)
+    serve.run(build_app(config, loader), name=APP_NAME, route_prefix="/")
+    _LOGGER.info("serving %s at %s", config.bundle or config.rollouts or [*config.models], url)
+    if config.grpc_port is not None:
+        _LOGGER.info("gRPC at port %d of every interface", config.grpc_port)
+    return url
+
+
+def start_proxies(config: ServeConfig) -> str:
+    """Start Serve with its proxies and nothing behind them yet, and return the base URL.
+
+    Raises:
+        ConfigError: others could ask without a key.
+        StoreError: the key file, or a file of TLS, is missing, damaged or open to others.
+    """
     config.check_doors()  # the environment may have changed since it was made
     config.gate()
     port = config.port or _free_port(config.host)
@@ -132,12 +148,7 @@ def start(config: ServeConfig, loader: Loader = load) -> str:
         check_tls(config.tls)
         http |= {"ssl_certfile": config.tls.cert, "ssl_keyfile": config.tls.key}
     serve.start(http_options=http, grpc_options=grpc_options(config.grpc_port))
-    serve.run(build_app(config, loader), name=APP_NAME, route_prefix="/")
-    url = f"http{'s' if config.tls else ''}://{config.host}:{port}"
-    _LOGGER.info("serving %s at %s", config.bundle or config.rollouts or [*config.models], url)
-    if config.grpc_port is not None:
-        _LOGGER.info("gRPC at port %d of every interface", config.grpc_port)
-    return url
+    return f"http{'s' if config.tls else ''}://{config.host}:{port}"
 
 
 def grpc_options(port: int | None) -> dict[str, Any] | None:  # Any: options of Serve
@@ -199,8 +210,8 @@ class _Replica:
         self._scorer = loader(config)
         # without grpc_port Serve's gRPC proxy may run for another application, and then has nothing to ask here
         is_offered = config.grpc_port is not None
-        self._rpc = ScoringServicer(self._scorer, now_ts, self._gate, is_offered)
         self._watch = self._scorer.watch if isinstance(self._scorer, Service) else None
+        self._rpc = ScoringServicer(self._scorer, now_ts, self._gate, is_offered, self._watch)
         if config.metrics is not None and self._watch is not None:
             self._exporter = Exporter(self._watch, config.metrics, self._gate)
         follower = threading.Thread(

@@ -22,6 +22,7 @@ from loopfm_ray.serving.exposure import (
 from loopfm_ray.serving.keys import Gate, read_keys
 from loopfm_ray.serving.logs import ParityLog, ParityLogConfig, RequestLog, RequestLogConfig
 from loopfm_ray.serving.rollout import ModelName, Rollout, Served
+from loopfm_ray.serving.spans import Spans, SpansConfig, make_provider
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, locate
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class ServeConfig(Config):
     """One JSON line for each request, without what was in it; null writes none."""
     parity_log: ParityLogConfig | None = None
     """A share of the requests whole, with users in clear, for `loopfm parity --requests`; null keeps none."""
+    spans: SpansConfig | None = None
+    """A share of the requests as OpenTelemetry traces (`loopfm-ray[otel]`); null sends none."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level of the package's log records."""
 
@@ -165,13 +168,16 @@ class ServeConfig(Config):
 
         Raises:
             StoreError: a log can not be written.
+            ConfigError: what sends spans is not installed.
         """
         from loopfm_ray.serving.watch import Watch
 
+        replica = f"{socket.gethostname()}-{os.getpid()}"
         return Watch(
             None if self.request_log is None else RequestLog(self.request_log),
             None if self.parity_log is None else ParityLog(self.parity_log),
-            f"{socket.gethostname()}-{os.getpid()}",
+            replica,
+            None if self.spans is None else Spans(make_provider(self.spans, replica)),
         )
 
     def gate(self) -> Gate | None:

@@ -67,13 +67,15 @@ Moment = (
     Annotated[int, Field(ge=0, le=MAX_REQUEST_TS)]
     | Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 )
-ContextValue = (
+ContextValue = Annotated[
     Text
     | Integer
     | float
-    | Annotated[list[Text], Field(max_length=MAX_SEQUENCE_VALUES)]
-    | Annotated[list[float], Field(max_length=MAX_ITEMS)]
-)
+    | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_SEQUENCE_VALUES)]
+    | Annotated[list[float], Field(fail_fast=True, max_length=MAX_ITEMS)],
+    # each value fits one of them at most, but for whole numbers, so the first that fits is it
+    Field(union_mode="left_to_right"),
+]
 """A key, a number, the keys of a sequence field, or one number for each item."""
 
 

@@ -131,8 +131,8 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "loopfm_requests",
-            "Requests over HTTP that were answered, by status",
-            [*_MODEL, "route", "status"],
+            "Requests that were answered, by the door that they came through and the HTTP status that they got or that stands for theirs",
+            [*_MODEL, "route", "transport", "status"],
             registry=self.registry,
         )
         self.stages = Histogram(
@@ -161,7 +161,7 @@ class Metrics:
         self.registry.register(self.scores)
         self._models: dict[ModelLabels, ModelMetrics] = {}
         self._stages: dict[tuple[str, str], Histogram] = {}
-        self._requests: dict[tuple[str, str, str, str, str], Counter] = {}
+        self._requests: dict[tuple[str, str, str, str, str, str], Counter] = {}
 
     def _counter(self, name: str, text: str, *more: str) -> Counter:
         return Counter(name, text, [*_MODEL, *more], registry=self.registry)
@@ -173,9 +173,9 @@ class Metrics:
             self._models.setdefault(labels, ModelMetrics(self, labels)) if found is None else found
         )
 
-    def count_request(self, labels: ModelLabels, route: str, status: int) -> None:
-        """Count one request; a model that did not answer has no variant and no version."""
-        key = (*labels, route, str(status))
+    def count_request(self, labels: ModelLabels, door: tuple[str, str], status: int) -> None:
+        """Count one request by its door, route and transport; a model that did not answer has no variant and no version."""
+        key = (*labels, *door, str(status))
         found = self._requests.get(key)
         if found is None:
             found = self._requests.setdefault(key, self.requests.labels(*key))

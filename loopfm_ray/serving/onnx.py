@@ -34,6 +34,8 @@ MAX_DIFFERENCE = 1e-4
 
 _IDS, _NUMERIC, _MASK, _AGE, _LATENTS = "ids", "numeric", "mask", "age_s", "latents"
 _SHARED = (_MASK, _AGE, _LATENTS)
+_ROWS_AT_ONCE = 2048
+"""So that what a layer gives is still in the cache when the next reads it; a tenth faster than all rows of a large batch."""
 """Inputs of a request, not of its items."""
 _PROBES = ((1, 1, 1), (1, 7, 5), (3, 2, 4), (4, 9, 2))
 """Requests, items and events of the batches that an export is checked on."""
@@ -221,8 +223,12 @@ class OnnxModel:
             name: values if name in _SHARED else values.reshape(requests, items, values.shape[1])
             for name, values in arrays.items()
         }
-        (found,) = self._session.run(None, feed)
-        flat: Floats = found.reshape(-1)
+        step = max(1, _ROWS_AT_ONCE // items)
+        parts = [
+            self._session.run(None, {n: values[b : b + step] for n, values in feed.items()})[0]
+            for b in range(0, requests, step)
+        ]
+        flat: Floats = np.concatenate(parts, axis=None) if len(parts) > 1 else parts[0].reshape(-1)
         return flat
 
 

@@ -55,8 +55,9 @@ STORE_PAUSED = "store_paused"
 
 @dataclass(frozen=True)
 class Timing:
-    """How long the parts of one pass took; the queries of a pass share it."""
+    """How long the parts of one pass took, from `began_s` of `time.perf_counter`; the queries of a pass share it."""
 
+    began_s: float
     features_s: float
     store_s: float
     model_s: float
@@ -229,7 +230,8 @@ class Predictor:
             batch = replace(batch, histories={USER_SOURCE: history})
         read_s = time.perf_counter()
         probs = score_probs(self.bundle, batch)
-        timing = Timing(built_s - began_s, read_s - built_s, time.perf_counter() - read_s)
+        model_s = time.perf_counter() - read_s
+        timing = Timing(began_s, built_s - began_s, read_s - built_s, model_s)
         ends = np.cumsum([len(query.items) for query in queries])
         parts = np.split(probs, ends[:-1])
         for index, part in enumerate(parts):

@@ -31,6 +31,7 @@ from loopfm_ray.serving.answering import (
 )
 from loopfm_ray.serving.contract import BatchRequest, ScoreRequest, ScoreResponse
 from loopfm_ray.serving.keys import Gate
+from loopfm_ray.serving.watch import Watch, mark
 
 __all__ = ["METHODS", "SERVICE", "ScoringServicer", "add_health", "add_scoring"]
 
@@ -85,6 +86,7 @@ class ScoringServicer:
         clock: Callable[[], int],
         gate: Gate | None = None,
         is_offered: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         """Take what scores.
 
@@ -93,30 +95,32 @@ class ScoringServicer:
             clock: microseconds UTC for requests that carry no time.
             gate: knows the keys that every method but the health check then asks for; None asks for none.
             is_offered: False answers every call that it is not implemented, whoever routes calls here.
+            watch: told of every call but the health check; None watches nothing.
         """
         self.scorer, self._clock, self._gate = scorer, clock, gate
         self._is_offered = is_offered
+        self.watch = watch
 
     # The names are those of the proto file.
     def Score(self, request: wire.ScoreRequest, context: CallContext) -> wire.ScoreResponse:  # noqa: N802
         """Score the items of one user."""
-        return self._answer(request, context, self._score, wire.ScoreResponse)
+        return self._watched("score", request, context, self._score, wire.ScoreResponse)
 
     def Batch(self, request: wire.BatchRequest, context: CallContext) -> wire.BatchResponse:  # noqa: N802
         """Score the items of many users: all, or none."""
-        return self._answer(request, context, self._batch, wire.BatchResponse)
+        return self._watched("batch", request, context, self._batch, wire.BatchResponse)
 
     def ListModels(  # noqa: N802
         self, request: wire.ListModelsRequest, context: CallContext
     ) -> wire.ListModelsResponse:
         """Tell names and versions."""
-        return self._answer(request, context, self._list, wire.ListModelsResponse)
+        return self._watched("models", request, context, self._list, wire.ListModelsResponse)
 
     def GetModel(  # noqa: N802
         self, request: wire.GetModelRequest, context: CallContext
     ) -> wire.GetModelResponse:
         """Tell versions, fields, limits and counters of one model."""
-        return self._answer(request, context, self._get, wire.GetModelResponse)
+        return self._watched("models", request, context, self._get, wire.GetModelResponse)
 
     def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: CallContext
@@ -134,6 +138,7 @@ class ScoringServicer:
         self, scorer: Scorer, sent: wire.ScoreRequest, request_id: str
     ) -> wire.ScoreResponse:
         body = check_contract(partial(ScoreRequest.model_validate, _query_tree(sent.query)))
+        mark("decode")
         found = answer_score(scorer, sent.model, body, self._clock(), request_id)
         return _score_message(found)
 
@@ -142,6 +147,7 @@ class ScoringServicer:
     ) -> wire.BatchResponse:
         tree = {"requests": [_query_tree(query) for query in sent.requests]}
         body = check_contract(partial(BatchRequest.model_validate, tree))
+        mark("decode")
         found = answer_batch(scorer, sent.model, body, self._clock(), request_id)
         results = [_score_message(one) for one in found.results]
         return wire.BatchResponse(results=results, request_id=request_id)
@@ -165,17 +171,41 @@ class ScoringServicer:
         made.description.update(describe(scorer, sent.model))
         return made
 
-    def _answer(
+    def _watched(
         self,
+        route: str,
         sent: SentT,
         context: CallContext,
         answer: Callable[[Scorer, SentT, str], MadeT],
         empty: type[MadeT],
     ) -> MadeT:
-        """Answer a call, or say what is wrong with it."""
-        given = {item[0]: item[1] for item in context.invocation_metadata()}
+        """Answer a call, and have it counted."""
+        given = {str(item[0]): item[1] for item in context.invocation_metadata()}
         request_id = request_id_of(str(given.get("x-request-id", "")))
+        if self.watch is None:
+            return self._answer(sent, context, given, request_id, answer, empty)[0]
+        trace = self.watch.begin(route, "grpc")
+        trace.request_id = request_id
+        trace.traceparent = str(given.get("traceparent", ""))
+        trace.tracestate = str(given.get("tracestate", ""))
+        try:
+            made, trace.status = self._answer(sent, context, given, request_id, answer, empty)
+            return made
+        finally:
+            self.watch.end(trace)
+
+    def _answer(
+        self,
+        sent: SentT,
+        context: CallContext,
+        given: dict[str, Any],  # Any: text or bytes
+        request_id: str,
+        answer: Callable[[Scorer, SentT, str], MadeT],
+        empty: type[MadeT],
+    ) -> tuple[MadeT, int]:
+        """Answer a call, or say what is wrong with it; with the status that HTTP would have answered."""
         trailing: list[tuple[str, str | bytes]] = [("x-request-id", request_id)]
+        status = 200
         try:
             if not self._is_offered:
                 raise Refusal(501, "not offered over gRPC; set grpc_port of the serve config")
@@ -184,15 +214,15 @@ class ScoringServicer:
             _check_known(sent)
             made = answer(present(self.scorer), sent, request_id)
         except Refusal as refusal:
-            made = empty()
+            made, status = empty(), refusal.status
             trailing += _refuse(context, refusal, request_id)
         except Exception as error:  # the edge: a bug must not tell the caller of the inside
             logger.error("request %s failed: %s", request_id, type(error).__name__, exc_info=error)
-            made = empty()
-            failure = Refusal(500, "the service failed; the log has the request id")
+            made, status = empty(), 500
+            failure = Refusal(status, "the service failed; the log has the request id")
             trailing += _refuse(context, failure, request_id)
         context.set_trailing_metadata(trailing)
-        return made
+        return made, status
 
 
 def add_scoring(servicer: object, server: grpc.Server) -> None:

@@ -1,6 +1,6 @@
 """Watching a replica: what it counts, tells and keeps of its requests, beside answering them.
 
-A transport opens a `Trace` for each request (`Watch.begin`, `Watch.end`); the service adds to it what it scored
+A door, HTTP or gRPC, opens a `Trace` for each request (`Watch.begin`, `Watch.end`); the service adds to it what it scored
 (`Watch.scored`), so nothing is passed through the layers between. Where nothing watches, nothing happens.
 """
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -19,28 +19,44 @@ from loopfm_ray.serving.contract import ScoreQuery
 from loopfm_ray.serving.logs import ParityLog, RequestLog
 from loopfm_ray.serving.metrics import Metrics, ModelLabels
 from loopfm_ray.serving.reference import DriftWindow
+from loopfm_ray.serving.spans import Spans
 from loopfm_ray.serving.states import Described, ServiceState
 
 if TYPE_CHECKING:
     from loopfm_ray.serving.bundle import Bundle
     from loopfm_ray.serving.predictor import Scored
 
-__all__ = ["CONTENT_TYPE", "Trace", "Watch", "mark", "name_model"]
+__all__ = ["CONTENT_TYPE", "Part", "Trace", "Transport", "Watch", "mark", "name_model"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MIXED = "mixed"
 """Variant and version of a batch that several bundles answered."""
 
+Transport = Literal["http", "grpc"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage of a request, on the clock of its trace."""
+
+    stage: str
+    started_s: float
+    seconds: float
+
 
 @dataclass
 class Trace:
-    """One request on its way through the process."""
+    """One request on its way through the process. Times are those of `time.perf_counter`."""
 
     route: str
+    transport: Transport
     started_s: float
     last_s: float
-    stages: dict[str, float] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
     request_id: str = ""
+    traceparent: str = ""
+    """What the caller said of its own trace (W3C Trace Context), unchecked."""
+    tracestate: str = ""
     status: int = 0
     model: str = ""
     """Name of a model that is served; empty for any other that was asked for."""
@@ -54,9 +70,12 @@ class Trace:
     """Queries that were answered with less history than there could have been, by reason."""
     token: Token["Trace | None"] | None = None
 
-    def add(self, stage: str, seconds: float) -> None:
-        """Add to the time of a stage."""
-        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+    def stages(self) -> dict[str, float]:
+        """Return the seconds of each stage; one that came several times, in a batch of several bundles, in sum."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            found[part.stage] = found.get(part.stage, 0.0) + part.seconds
+        return found
 
 
 _CURRENT: ContextVar[Trace | None] = ContextVar("trace", default=None)
@@ -67,7 +86,7 @@ def mark(stage: str) -> None:
     trace = _CURRENT.get()
     if trace is not None:
         now_s = time.perf_counter()
-        trace.add(stage, now_s - trace.last_s)
+        trace.parts.append(Part(stage, trace.last_s, now_s - trace.last_s))
         trace.last_s = now_s
 
 
@@ -86,9 +105,11 @@ class Watch:
         request_log: RequestLog | None = None,
         parity_log: ParityLog | None = None,
         replica: str = "",
+        spans: Spans | None = None,
     ) -> None:
-        """Count from zero, and write to these logs; `replica` tells whose metrics a scrape met."""
+        """Count from zero, write to these logs and send these spans; `replica` tells whose metrics a scrape met."""
         self.replica = replica
+        self._spans = spans
         self.metrics = Metrics()
         self._request_log, self._parity_log = request_log, parity_log
         self._windows: Mapping[ModelLabels, DriftWindow] = {}
@@ -100,10 +121,10 @@ class Watch:
         found = {"requests": self._request_log, "parity": self._parity_log}
         return {name: log for name, log in found.items() if log is not None}
 
-    def begin(self, route: str) -> Trace:
+    def begin(self, route: str, transport: Transport) -> Trace:
         """Open the trace of a request; `route` is one of few words."""
         now_s = time.perf_counter()
-        trace = Trace(route, now_s, now_s)
+        trace = Trace(route, transport, now_s, now_s)
         trace.token = _CURRENT.set(trace)
         return trace
 
@@ -112,14 +133,17 @@ class Watch:
         if trace.token is not None:
             _CURRENT.reset(trace.token)
             trace.token = None
-        trace.stages["total"] = time.perf_counter() - trace.started_s
+        now_s = time.perf_counter()
+        stages = {**trace.stages(), "total": now_s - trace.started_s}
         labels = (trace.model, trace.variant, trace.version)
-        self.metrics.count_request(labels, trace.route, trace.status)
+        self.metrics.count_request(labels, (trace.route, trace.transport), trace.status)
         if trace.num_rows:
-            self.metrics.observe_stages(trace.model, trace.stages)
+            self.metrics.observe_stages(trace.model, stages)
         log = self._request_log
         if log is not None and log.wants(trace.request_id):
-            log.put(_line(trace, log))
+            log.put(_line(trace, stages, log))
+        if self._spans is not None:
+            self._spans.put(trace, now_s)
 
     def scored(
         self,
@@ -206,9 +230,11 @@ class Watch:
         return generate_latest(self.metrics.registry)
 
     def close(self) -> None:
-        """Write what waits for the logs."""
+        """Write what waits for the logs, and send what waits of the spans."""
         for log in self.logs.values():
             log.lines.close()
+        if self._spans is not None:
+            self._spans.close()
 
 
 def _add(
@@ -223,20 +249,25 @@ def _add(
     if trace.route == "score":
         trace.user = queries[0].user
     for timing in {id(one.timing): one.timing for one in found}.values():
-        trace.add("features", timing.features_s)
-        trace.add("store", timing.store_s)
-        trace.add("model", timing.model_s)
+        read_s = timing.began_s + timing.features_s
+        trace.parts += [
+            Part("features", timing.began_s, timing.features_s),
+            Part("store", read_s, timing.store_s),
+            Part("model", read_s + timing.store_s, timing.model_s),
+        ]
     for one in found:
         reason = one.history.reason if one.history else None
         if reason is not None:
             trace.degraded[reason] = trace.degraded.get(reason, 0) + 1
 
 
-def _line(trace: Trace, log: RequestLog) -> dict[str, Any]:  # Any: JSON
+# Any: JSON
+def _line(trace: Trace, stages: Mapping[str, float], log: RequestLog) -> dict[str, Any]:
     return {
         "ts": time.time_ns() // 1000,
         "request_id": trace.request_id,
         "route": trace.route,
+        "transport": trace.transport,
         "status": trace.status,
         "model": trace.model or None,
         "variant": trace.variant or None,
@@ -244,7 +275,7 @@ def _line(trace: Trace, log: RequestLog) -> dict[str, Any]:  # Any: JSON
         "user": log.hash_user(trace.user) if trace.user else None,
         "queries": trace.num_queries,
         "rows": trace.num_rows,
-        "ms": {stage: round(1000 * value, 3) for stage, value in trace.stages.items()},
+        "ms": {stage: round(1000 * value, 3) for stage, value in stages.items()},
         "degraded": trace.degraded,
     }
 

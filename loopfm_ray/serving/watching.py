@@ -23,7 +23,12 @@ class Watching:
         if route is None:
             await self._app(scope, receive, send)
             return
-        trace = self._watch.begin(route)
+        trace = self._watch.begin(route, "http")
+        for name, value in scope["headers"]:
+            if name == b"traceparent":
+                trace.traceparent = value.decode("latin-1")
+            elif name == b"tracestate":
+                trace.tracestate = value.decode("latin-1")
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":

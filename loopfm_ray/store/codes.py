@@ -8,7 +8,7 @@ the code is the IEEE half float itself.
 import json
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,17 @@ class CodeSpec:
         if not all(math.isfinite(value) and value > 0 for value in self.scale):
             raise ConfigError("scales of a code must be finite and positive; see calibrate_scale")
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of one packed latent."""
         return -(-self.dim * self.bits // 8)
+
+    @cached_property
+    def step(self) -> Floats:
+        """Float32 [d], or one number: what a code of 1 stands for."""
+        made: Floats = _scale(self) / np.float32(2 ** (self.bits - 1))
+        made.setflags(write=False)
+        return made
 
     def to_json(self) -> str:
         """Return the spec as JSON text; `from_json` reads it back exactly."""
@@ -132,7 +139,7 @@ def dequantize(codes: Codes, spec: CodeSpec) -> Floats:
     """Return [..., d] float32 latents of unpacked codes."""
     values = codes.astype(np.float32)
     if spec.bits < 16:
-        values *= _scale(spec) / np.float32(2 ** (spec.bits - 1))
+        values *= spec.step
     return values
 
 
@@ -163,7 +170,7 @@ def unpack(packed: Bytes, spec: CodeSpec) -> Codes:
         return np.ascontiguousarray(packed).view("<f2")
     if spec.bits == 8:
         return np.ascontiguousarray(packed).view(np.int8)
-    return _lookup(packed, _code_table(spec.bits), spec.dim)
+    return _lookup(packed, _code_table(spec.bits), np.dtype(np.int8), spec.dim)
 
 
 def encode(latents: ArrayLike, spec: CodeSpec) -> Bytes:
@@ -180,8 +187,8 @@ def decode(packed: Bytes, spec: CodeSpec) -> Floats:
     if spec.bits >= 8:
         return dequantize(unpack(packed, spec), spec)
     _check_packed(packed, spec)
-    values = _lookup(packed, _code_table(spec.bits).astype(np.float32), spec.dim)
-    values *= _scale(spec) / np.float32(2 ** (spec.bits - 1))
+    values = _lookup(packed, _float_table(spec.bits), np.dtype(np.float32), spec.dim)
+    values *= spec.step
     return values
 
 
@@ -230,20 +237,35 @@ def _check_packed(packed: Bytes, spec: CodeSpec) -> None:
 
 
 @cache
-def _code_table(bits: int) -> NDArray[np.int8]:
-    """Return int8 [256, codes per byte]: the codes that each byte holds."""
+def _code_table(bits: int) -> NDArray[Any]:
+    """Return [256]: the int8 codes that each byte holds, as one number as wide as they are together."""
+    return _wide(_codes_of_bytes(bits))
+
+
+@cache
+def _float_table(bits: int) -> NDArray[Any]:
+    """Return [256]: the same codes as float32."""
+    return _wide(_codes_of_bytes(bits).astype(np.float32))
+
+
+def _codes_of_bytes(bits: int) -> NDArray[np.int8]:
+    """Return int8 [256, codes per byte]."""
     half = 2 ** (bits - 1)
     shifts = np.arange(0, 8, bits)
     codes = (np.arange(256)[:, None] >> shifts) & (2**bits - 1)
-    table: NDArray[np.int8] = ((codes + half) % (2 * half) - half).astype(np.int8)
-    table.setflags(write=False)
-    return table
+    found: NDArray[np.int8] = ((codes + half) % (2 * half) - half).astype(np.int8)
+    return found
 
 
-def _lookup(packed: Bytes, table: Codes, dim: int) -> Codes:
-    """Return [..., dim]: the entries of `table` [256, n] for each byte, side by side."""
+def _wide(table: Codes) -> NDArray[Any]:
     # one number as wide as an entry, so that a look-up moves a whole entry at once
     width = table.dtype.itemsize * table.shape[1]
     whole = np.ascontiguousarray(table).view(f"u{width}" if width <= 8 else f"c{width}")[:, 0]
-    flat = np.take(whole, packed).view(table.dtype)
+    whole.setflags(write=False)
+    return whole
+
+
+def _lookup(packed: Bytes, table: NDArray[Any], dtype: np.dtype[Any], dim: int) -> Codes:
+    """Return [..., dim]: the entries of `table` for each byte, side by side."""
+    flat = table.take(packed).view(dtype)
     return flat if flat.shape[-1] == dim else flat[..., :dim]

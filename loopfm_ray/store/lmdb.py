@@ -62,20 +62,22 @@ class LmdbStore:
 
     def get_many(self, keys: Sequence[str]) -> list[UserHistory | None]:
         """Return the history of each user, None where there is none."""
-        wanted = sorted({key.encode() for key in keys})
-        # LMDB takes neither an empty key nor one over its limit; none such was stored
-        wanted = [key for key in wanted if 0 < len(key) <= _MAX_KEY_BYTES]
         if self._map is None:
             raise StoreError(f"the store of version {self.version} is closed; open it again")
+        # in order, so that neighbours are read one after the other
+        wanted = [(key, key.encode()) for key in (sorted(set(keys)) if len(keys) > 1 else keys)]
+        transaction, found = self._map.transaction(), dict[str, UserHistory]()
         try:
-            with self._map.transaction().cursor() as cursor:
-                pairs = cursor.getmulti(wanted) if wanted else []
+            for key, name in wanted:
+                # LMDB takes neither an empty key nor one over its limit; none such was stored
+                value = transaction.get(name) if 0 < len(name) <= _MAX_KEY_BYTES else None
+                if value is not None:
+                    found[key] = unpack_history(value, self._map)
         except lmdb.Error as error:
             raise StoreError(
                 f"reading version {self.version} failed: {error}; publish it again"
             ) from error
-        histories = {bytes(key).decode(): unpack_history(value, self._map) for key, value in pairs}
-        return [histories.get(key) for key in keys]
+        return [found.get(key) for key in keys]
 
     def close(self) -> None:
         """Let go of the file; it is unmapped once no other store and no history of it is left."""

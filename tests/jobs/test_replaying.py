@@ -11,20 +11,24 @@ from typer.testing import CliRunner
 from loopfm_ray.cli import app
 from loopfm_ray.config import dump_yaml
 from loopfm_ray.data.examples import ExampleSet, read_rows
-from loopfm_ray.errors import ConfigError, JobError, StoreError
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.errors import BundleError, ConfigError, JobError, StoreError
 from loopfm_ray.history.join import JoinSettings, write_joined
-from loopfm_ray.jobs.context import splits_of
-from loopfm_ray.jobs.publishing import export_bundle
+from loopfm_ray.jobs.context import Context, splits_of
+from loopfm_ray.jobs.publishing import export_bundle, run_publish
 from loopfm_ray.jobs.replaying import replay_requests
+from loopfm_ray.metrics.binary import normalized_entropy
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.serving.api import create_api
 from loopfm_ray.serving.bundle import load_bundle
 from loopfm_ray.serving.logs import ParityLog, ParityLogConfig
+from loopfm_ray.serving.parity import load_offline
 from loopfm_ray.serving.predictor import load_predictor
 from loopfm_ray.serving.rollout import Rollouts, Served, promote
 from loopfm_ray.serving.service import Service
 from loopfm_ray.serving.watch import Watch
 from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.space import Space
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 from loopfm_ray.types import MICROS_PER_DAY, TimeRange
 from tests.jobs.test_upgrade import pipeline
@@ -128,7 +132,8 @@ def test_publishing_measures_the_reference_on_the_validation_window(run):
     }
     path = run.paths.vm(0, run.online.model)
     save_trained_vm(path, trained, config_hash="0", inputs=inputs, num_rows=1)
-    first = export_bundle(run, bundle.spec.history.space)
+    first, int8_loss = export_bundle(run, bundle.spec.history.space)
+    assert int8_loss is None
     reference = load_bundle(run.paths.bundle).reference
     assert (reference.start_ts, reference.stop_ts) == (window.start_ts, window.stop_ts)
     examples = ExampleSet.open(run.paths.joined(0), "requests")
@@ -137,4 +142,41 @@ def test_publishing_measures_the_reference_on_the_validation_window(run):
     assert reference.coverage == (lengths > 0).mean()
     assert reference.history_len.counts[-1] == (lengths >= 9).sum() > 50
     # the same bytes again
-    assert export_bundle(run, bundle.spec.history.space).version == first.version
+    assert export_bundle(run, bundle.spec.history.space)[0].version == first.version
+
+
+def test_8_bit_weights_that_cost_too_much_are_not_published(run):
+    """Goes on from the test before, which trained the VM."""
+    pytest.importorskip("onnxscript")
+    before, space = (
+        load_bundle(run.paths.bundle),
+        Space.of_meta(read_manifest(run.paths.latents(0)).meta),
+    )
+    online = run.online.model_copy(
+        update={"backends": ("torch", "onnx", "onnx_int8"), "int8_max_ne_loss": 1.0}
+    )
+    allowed = run.model_copy(update={"online": online})
+    context = Context(allowed, lambda *_: None)
+    found = run_publish(context)
+    exact = load_offline(load_bundle(run.paths.bundle), *_sample_of(run)).probs
+    sample = load_offline(load_bundle(run.paths.bundle, "onnx_int8"), *_sample_of(run))
+    label = sample.rows["label"]
+    loss = normalized_entropy(label, sample.probs) - normalized_entropy(label, exact)
+    assert found["int8_ne_loss"] == pytest.approx(loss, abs=1e-9)
+    assert loss != 0
+    published = read_manifest(run.paths.bundle).version
+    assert published == found["bundle"] != before.version
+    strict = online.model_copy(update={"int8_max_ne_loss": loss - 1e-9})
+    with pytest.raises(BundleError, match=r"8-bit weights add .* nothing was published"):
+        export_bundle(run.model_copy(update={"online": strict}), space)
+    assert read_manifest(run.paths.bundle).version == published
+
+
+def _sample_of(run):
+    """All rows of the validation window, as `load_offline` takes them."""
+    return (
+        PreparedData.open(run.paths.prepared),
+        run.paths.joined(0),
+        splits_of(run).vm_valid,
+        10**6,
+    )

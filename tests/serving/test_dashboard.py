@@ -58,7 +58,7 @@ def known():
     watch = Watch(Logs(), Logs(), "me")
     watch.follow(OneModel())
     metrics = watch.metrics
-    metrics.count_request(MODEL, "score", 200)
+    metrics.count_request(MODEL, ("score", "http"), 200)
     metrics.observe_stages("vm", dict.fromkeys(STAGES, 0.1))
     series = metrics.of(MODEL)
     series.count(1, 2)

@@ -118,14 +118,14 @@ def test_requests_are_counted_by_model_version_route_and_status(bundles, stable)
     samples = service.samples()
     counts = {key[1:]: v for key, v in samples.items() if key[0] == "loopfm_requests_total"}
     assert counts == {
-        ("vm", "stable", found, "score", "200"): 3,
-        ("vm", "stable", found, "batch", "200"): 1,
-        ("vm", "", "", "score", "422"): 1,
-        ("", "", "", "score", "422"): 1,
-        ("", "", "", "score", "400"): 1,
-        ("", "", "", "score", "404"): 1,
-        ("vm", "", "", "models", "200"): 1,
-        ("", "", "", "other", "404"): 1,
+        ("vm", "stable", found, "score", "200", "http"): 3,
+        ("vm", "stable", found, "batch", "200", "http"): 1,
+        ("vm", "", "", "score", "422", "http"): 1,
+        ("", "", "", "score", "422", "http"): 1,
+        ("", "", "", "score", "400", "http"): 1,
+        ("", "", "", "score", "404", "http"): 1,
+        ("vm", "", "", "models", "200", "http"): 1,
+        ("", "", "", "other", "404", "http"): 1,
     }
     model = ("vm", "stable", found)
     assert samples["loopfm_rows_total", *model] == 3 * 3 + 3 + 1
@@ -204,7 +204,7 @@ def test_canaries_and_shadows_are_told_apart(bundles):
     versions = [version(one) for one in bundles]
     assert samples["loopfm_queries_total", "vm", "canary", versions[1]] == len(mine) > 5
     assert samples["loopfm_queries_total", "vm", "stable", versions[0]] == 40 - len(mine) > 5
-    assert samples["loopfm_requests_total", "vm", "mixed", "mixed", "batch", "200"] == 1
+    assert samples["loopfm_requests_total", "vm", "mixed", "mixed", "batch", "200", "http"] == 1
     assert samples["loopfm_drift_reference", "vm", "stable", versions[0]] == 1
     assert samples["loopfm_drift_reference", "vm", "canary", versions[1]] == 0
     info = [key for key in samples if key[0] == "loopfm_model_info"]
@@ -274,7 +274,7 @@ def test_an_own_failure_is_counted(bundles, stable, monkeypatch):
 
     monkeypatch.setattr(predictor, "_score_part", fail)
     assert service.client.post(SCORE, json=body()).status_code == 500
-    assert service.samples()["loopfm_requests_total", "vm", "", "", "score", "500"] == 1
+    assert service.samples()["loopfm_requests_total", "vm", "", "", "score", "500", "http"] == 1
 
 
 def test_a_caller_that_is_gone_is_counted():
@@ -283,8 +283,10 @@ def test_a_caller_that_is_gone_is_counted():
 
     watch = Watch()
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(Watching(gone, watch)({"type": "http", "path": SCORE}, None, None))
-    want = 'loopfm_requests_total{model="",route="score",status="499",variant="",version=""} 1.0'
+        asyncio.run(
+            Watching(gone, watch)({"type": "http", "path": SCORE, "headers": []}, None, None)
+        )
+    want = 'loopfm_requests_total{model="",route="score",status="499",transport="http",variant="",version=""} 1.0'
     assert want in watch.exposition().decode()
 
 
