@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loopfm_ray import __version__, cli_compare, cli_serve, log
+from loopfm_ray import __version__, cli_compare, cli_serve
 from loopfm_ray.cli_options import (
-    DEFAULT_CONFIG,
     ConfigArgument,
     FreshOption,
     JsonOption,
     SetOption,
     VerboseOption,
-    find_config,
+    load_pipeline,
+    print_result,
 )
-from loopfm_ray.config import dump_yaml, load_config
+from loopfm_ray.config import dump_yaml
 from loopfm_ray.data.config import to_ts
 from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiments import PipelineConfig
@@ -87,7 +87,7 @@ def demo(
     verbose: VerboseOption = False,
 ) -> None:
     """Run the whole loop: prepare, train-fm, compress, materialize, join, audit, train-vm, evaluate, publish, parity, report."""
-    settings = _load(config, overrides, verbose)
+    settings = load_pipeline(config, overrides, verbose)
     from loopfm_ray.jobs.pipeline import run_pipeline
 
     with show_progress() as progress:
@@ -103,12 +103,12 @@ def _stage_command(name: str, text: str) -> None:
         as_json: JsonOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        settings = _load(config, overrides, verbose)
+        settings = load_pipeline(config, overrides, verbose)
         from loopfm_ray.jobs.pipeline import run_stages
 
         with show_progress() as progress:
             result = run_stages(settings, name, fresh=fresh, progress=progress)
-        _print_result(result, as_json)
+        print_result(result, as_json)
 
     command.__doc__ = text
     app.command(name)(command)
@@ -128,39 +128,6 @@ for _name, _text in {
 
 
 @app.command()
-def parity(
-    config: ConfigArgument = None,
-    overrides: SetOption = None,
-    requests: Annotated[
-        Path | None,
-        typer.Option(
-            help="A parity log (file or folder) to replay offline, instead of test requests."
-        ),
-    ] = None,
-    threshold: Annotated[
-        float, typer.Option(help="With --requests: share of the scores that may differ.")
-    ] = 0.0,
-    fresh: FreshOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Replay test requests through the served path, or logged ones offline; exit 1 if a score differs."""
-    settings = _load(config, overrides, verbose)
-    if requests is not None:
-        from loopfm_ray.jobs.replaying import replay_requests
-
-        _print_result(replay_requests(settings, requests, threshold), as_json)
-        return
-    if threshold:
-        raise ConfigError("--threshold is of logged requests; name them with --requests")
-    from loopfm_ray.jobs.pipeline import run_stages
-
-    with show_progress() as progress:
-        result = run_stages(settings, "parity", fresh=fresh, progress=progress)
-    _print_result(result, as_json)
-
-
-@app.command()
 def compact(
     config: ConfigArgument = None,
     overrides: SetOption = None,
@@ -168,12 +135,12 @@ def compact(
     verbose: VerboseOption = False,
 ) -> None:
     """Put the small files of the latents together and drop what is too old; the rows stay the same."""
-    settings = _load(config, overrides, verbose)
+    settings = load_pipeline(config, overrides, verbose)
     from loopfm_ray.jobs.compaction import compact_latents
 
     with show_progress() as progress:
         result = compact_latents(settings, progress)
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -185,13 +152,13 @@ def upgrade(
     verbose: VerboseOption = False,
 ) -> None:
     """Bring the histories of a new FM online beside the served ones (after prepare, train-fm and compress of the new run)."""
-    settings = _load(config, overrides, verbose)
+    settings = load_pipeline(config, overrides, verbose)
     from loopfm_ray.jobs.cluster import connect
     from loopfm_ray.jobs.upgrade import upgrade as run_upgrade
 
     with show_progress() as progress, connect(settings.ray):
         result = run_upgrade(settings, beside, progress=progress)
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -215,13 +182,13 @@ def materialize(
     verbose: VerboseOption = False,
 ) -> None:
     """Embed and score every event later than the FM, once (after compress); only what changed is made again."""
-    settings = _load(config, overrides, verbose)
+    settings = load_pipeline(config, overrides, verbose)
     redo = _time_range(start, stop, fresh)
     from loopfm_ray.jobs.pipeline import run_stages
 
     with show_progress() as progress:
         result = run_stages(settings, "materialize", fresh=fresh, progress=progress, redo=redo)
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -229,11 +196,11 @@ def spaces(
     config: ConfigArgument = None, overrides: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """List the embedding spaces that are live in the run's online store, with what each holds."""
-    settings = _load(config, overrides, verbose=False)
+    settings = load_pipeline(config, overrides, verbose=False)
     from loopfm_ray.store.target import live_spaces
 
     found = {item.space: asdict(item) for item in live_spaces(settings.online_target)}
-    _print_result(found, as_json)
+    print_result(found, as_json)
 
 
 @app.command()
@@ -244,7 +211,7 @@ def retire(
     force: Annotated[bool, typer.Option("--force", help="Also if it is the last one.")] = False,
 ) -> None:
     """Remove one embedding space from the run's online store, once no VM reads it any more."""
-    settings = _load(config, overrides, verbose=False)
+    settings = load_pipeline(config, overrides, verbose=False)
     from loopfm_ray.store.target import retire as retire_space
 
     retire_space(settings.online_target, space, force=force)
@@ -263,12 +230,12 @@ def audit(
 ) -> None:
     """Prove by recomputation that the joined set has no leak; exit 1 if it has."""
     chosen = [*(overrides or []), *(["audit.sample=null"] if check_all else [])]
-    settings = _load(config, chosen, verbose)
+    settings = load_pipeline(config, chosen, verbose)
     from loopfm_ray.jobs.pipeline import run_stages
 
     with show_progress() as progress:
         result = run_stages(settings, "audit", progress=progress)
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -287,44 +254,14 @@ def freshness(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure how fresh joined and published histories are; exit 1 beyond the limits of the config (after join)."""
-    settings = _load(config, overrides, verbose)
+    settings = load_pipeline(config, overrides, verbose)
     from loopfm_ray.jobs.freshness import check_freshness
 
     now_ts = time.time_ns() // 1000 if now is None else _moment(now)
     result = check_freshness(settings, now_ts)
-    _print_result(result, as_json)
+    print_result(result, as_json)
     if result["alarms"]:
         raise typer.Exit(1)
-
-
-@app.command()
-def serve(
-    config: ConfigArgument = None,
-    overrides: SetOption = None,
-    port: Annotated[
-        int | None,
-        typer.Option(help="Port of HTTP; 8000 if nothing else is set.", min=1, max=65535),
-    ] = None,
-    with_settings: Annotated[
-        Path | None,
-        typer.Option(
-            "--with",
-            metavar="FILE",
-            help="YAML with other keys of the serve config: host, api_keys, tls, grpc_port, ui, num_replicas, ...",
-        ),
-    ] = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Serve the run's VM with its published histories over HTTP, on loopback if nothing else is set, until Ctrl-C."""
-    settings = _load(config, overrides, verbose)
-    from loopfm_ray.jobs.scoring import serve_forever
-    from loopfm_ray.serving.config import ServeConfig
-
-    def announce(url: str, served: ServeConfig) -> None:
-        page = f", a page to look at at {url}/ui" if served.has_ui else ""
-        typer.echo(f"models at {url}/v1/models, docs at {url}/docs{page}")
-
-    serve_forever(settings, port, announce, with_settings)
 
 
 @app.command()
@@ -333,7 +270,7 @@ def config(
     overrides: SetOption = None,
 ) -> None:
     """Print the resolved config with every key; save it and edit it."""
-    typer.echo(dump_yaml(_load(config, overrides, verbose=False)), nl=False)
+    typer.echo(dump_yaml(load_pipeline(config, overrides, verbose=False)), nl=False)
 
 
 @app.command()
@@ -363,11 +300,6 @@ def doctor(
             )
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(1)
-
-
-def _load(config: str | None, overrides: list[str] | None, verbose: bool) -> PipelineConfig:
-    log.setup("INFO" if verbose else "WARNING")
-    return load_config(PipelineConfig, find_config(config or DEFAULT_CONFIG), overrides or ())
 
 
 def _time_range(start: str | None, stop: str | None, fresh: bool) -> TimeRange | None:
@@ -404,14 +336,6 @@ def _show(summary: dict[str, Any], settings: PipelineConfig, as_json: bool) -> N
     typer.echo(f"        answer: {json.dumps(scored['response'])}")
     typer.echo(f"summary: {settings.paths.summary}")
     typer.echo(f"report: {settings.paths.report}")
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-        return
-    for key, value in result.items():
-        typer.echo(f"{key}: {value if isinstance(value, str | int | float) else json.dumps(value)}")
 
 
 if __name__ == "__main__":

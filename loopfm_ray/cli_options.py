@@ -1,11 +1,15 @@
-"""The arguments that the verbs of the command line share, and where a named config lies."""
+"""What the verbs of the command line share: arguments, where a named config lies, how a result is printed."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from loopfm_ray import log
+from loopfm_ray.config import load_config
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.experiments import PipelineConfig
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -16,6 +20,8 @@ __all__ = [
     "SetOption",
     "VerboseOption",
     "find_config",
+    "load_pipeline",
+    "print_result",
 ]
 
 DEFAULT_CONFIG = "complete_journey"
@@ -64,3 +70,18 @@ def find_config(name: str) -> Path:
         f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
         " synthetic and the others under configs/pipeline"
     )
+
+
+def load_pipeline(config: str | None, overrides: list[str] | None, verbose: bool) -> PipelineConfig:
+    """Return the config that a verb was given, with logging set up."""
+    log.setup("INFO" if verbose else "WARNING")
+    return load_config(PipelineConfig, find_config(config or DEFAULT_CONFIG), overrides or ())
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:  # Any: JSON
+    """Print what a job gave: a line for each key, or JSON."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key}: {value if isinstance(value, str | int | float) else json.dumps(value)}")

@@ -1,4 +1,4 @@
-"""The verbs that change what serves under a name, without a restart."""
+"""The verbs of serving: serve a run, check its scores, and change what serves under a name without a restart."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopfm_ray.cli_options import JsonOption
+from loopfm_ray.cli_options import (
+    ConfigArgument,
+    FreshOption,
+    JsonOption,
+    SetOption,
+    VerboseOption,
+    load_pipeline,
+    print_result,
+)
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.terminal import show_progress
 
 if TYPE_CHECKING:
     from loopfm_ray.serving.rollout import Rollouts, Served
@@ -22,9 +31,72 @@ NameArgument = Annotated[str, typer.Argument(help="Name of the model.")]
 
 def add_verbs(app: typer.Typer) -> None:
     """Give `app` these verbs."""
+    app.command()(serve)
+    app.command()(parity)
     app.command()(promote)
     app.command()(rollback)
     app.command()(key)
+
+
+def serve(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="Port of HTTP; 8000 if nothing else is set.", min=1, max=65535),
+    ] = None,
+    with_settings: Annotated[
+        Path | None,
+        typer.Option(
+            "--with",
+            metavar="FILE",
+            help="YAML with other keys of the serve config: host, api_keys, tls, grpc_port, ui, num_replicas, ...",
+        ),
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve the run's VM with its published histories over HTTP, on loopback if nothing else is set, until Ctrl-C."""
+    settings = load_pipeline(config, overrides, verbose)
+    from loopfm_ray.jobs.scoring import serve_forever
+    from loopfm_ray.serving.config import ServeConfig
+
+    def announce(url: str, served: ServeConfig) -> None:
+        page = f", a page to look at at {url}/ui" if served.has_ui else ""
+        typer.echo(f"models at {url}/v1/models, docs at {url}/docs{page}")
+
+    serve_forever(settings, port, announce, with_settings)
+
+
+def parity(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            help="A parity log (file or folder) to replay offline, instead of test requests."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="With --requests: share of the scores that may differ.")
+    ] = 0.0,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Replay test requests through the served path, or logged ones offline; exit 1 if a score differs."""
+    settings = load_pipeline(config, overrides, verbose)
+    if requests is not None:
+        from loopfm_ray.jobs.replaying import replay_requests
+
+        print_result(replay_requests(settings, requests, threshold), as_json)
+        return
+    if threshold:
+        raise ConfigError("--threshold is of logged requests; name them with --requests")
+    from loopfm_ray.jobs.pipeline import run_stages
+
+    with show_progress() as progress:
+        result = run_stages(settings, "parity", fresh=fresh, progress=progress)
+    print_result(result, as_json)
 
 
 def promote(

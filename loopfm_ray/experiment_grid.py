@@ -76,6 +76,9 @@ class ExperimentConfig(Config):
     """Whether what other code made is kept: a long experiment goes on after a commit. The summary lists all code versions."""
     keep_data: bool = False
     """Whether latents and joined sets of a finished variant stay on disk."""
+    pool: str | None = None
+    """Folder of versions that several experiments share, so that an FM of the same config and data is trained once; on the file system of
+    `run_dir`, and never cleared. null keeps one for this experiment alone."""
     audit: AuditConfig = AuditConfig(sample=2_000)
     ray: RayConfig = RayConfig()
 
@@ -106,6 +109,11 @@ class ExperimentConfig(Config):
     def root(self) -> Path:
         """The experiment's folder."""
         return Path(self.run_dir) / self.name
+
+    @property
+    def pool_dir(self) -> Path:
+        """Where versions are that its variants share."""
+        return self.root / "pool" if self.pool is None else Path(self.pool)
 
     def pipeline(self, variant: str) -> PipelineConfig:
         """Return the pipeline of one variant, with all cells as its VMs.

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells, headline
@@ -102,7 +103,7 @@ def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> 
     pipeline = config.pipeline(variant)
     pipeline.paths.records.mkdir(parents=True, exist_ok=True)
     write_text(pipeline.paths.config, dump_yaml(pipeline))
-    context = Context(pipeline, progress, pool=Pool(config.root / "pool"), any_code=config.any_code)
+    context = Context(pipeline, progress, pool=Pool(config.pool_dir), any_code=config.any_code)
     seconds = {}
     for name in _STAGES:
         started = time.perf_counter()
@@ -120,12 +121,13 @@ def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> 
         for seed in config.seeds:
             for folder in (pipeline.paths.latents(seed), pipeline.paths.joined(seed)):
                 remove_tree(folder)
-        _drop_unshared(config)
+        if config.pool is None:
+            _drop_unshared(config.pool_dir)
 
 
-def _drop_unshared(config: ExperimentConfig) -> None:
+def _drop_unshared(pool: Path) -> None:
     """Remove joined sets from the pool whose only name is there: no unfinished variant has linked them."""
-    for folder in (config.root / "pool").glob("joined-*"):
+    for folder in pool.glob("joined-*"):
         if all(file.stat().st_nlink == 1 for file in folder.rglob("*.parquet")):
             shutil.rmtree(folder)
 
