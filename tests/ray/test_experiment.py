@@ -89,19 +89,26 @@ def test_every_cell_is_measured_once_and_a_killed_experiment_goes_on(
     ]
     assert all((r["example_id"] == rows[0]["example_id"]).all() for r in rows)
     assert all((r["label"] == rows[0]["label"]).all() for r in rows)
-    # another experiment that is given the pool trains nothing again, and leaves what is in it
-    other = config_in(
-        tmp_path,
-        name="other",
-        pool=str(tmp_path / "small/pool"),
-        variants={"wide": TREE["variants"]["half"]},
-    )
-    again = {cell["arm"]: cell for cell in run_experiment(other)["cells"]}
-    assert {arm: cell["mean"] for arm, cell in again.items()} == {
-        arm: cells["half", arm]["mean"] for arm in TREE["arms"]
-    }
-    assert mtimes(tmp_path / "small/pool", "*.safetensors") == after
-    assert not (tmp_path / "other/pool").exists()
     # a second run finds everything done, without a cluster of its own
     monkeypatch.setattr(job, "connect", None)
     assert run_experiment(config)["cells"] == summary["cells"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_experiments_that_share_a_pool_train_nothing_twice(cluster, tmp_path):
+    half = {"half": TREE["variants"]["half"]}
+    first = config_in(tmp_path, variants=half)
+    cells = {cell["arm"]: cell for cell in run_experiment(first)["cells"]}
+    assert first.pool_dir == tmp_path / "small/pool"
+    trained = mtimes(first.pool_dir, "*.safetensors")
+    other = config_in(
+        tmp_path, name="other", pool=str(first.pool_dir), variants={"wide": half["half"]}
+    )
+    again = {cell["arm"]: cell for cell in run_experiment(other)["cells"]}
+    assert {arm: cell["mean"] for arm, cell in again.items()} == {
+        arm: cell["mean"] for arm, cell in cells.items()
+    }
+    assert mtimes(first.pool_dir, "*.safetensors") == trained
+    assert not (tmp_path / "other/pool").exists()
