@@ -56,7 +56,7 @@ soak: setup  ## ten minutes of load on the scoring service with everything in it
 	$(BIN)/python benchmarks/soak_serve.py --json $(ARGS)
 
 fuzz: setup  ## thousands of generated requests against the contract
-	LOOPFM_FUZZ_EXAMPLES=700 $(BIN)/pytest tests/serving/test_fuzz.py -q $(ARGS)
+	LOOPFM_FUZZ_EXAMPLES=1500 $(BIN)/pytest tests/serving/test_fuzz.py -q $(ARGS)
 
 .venv-feast/.installed: benchmarks/feast-requirements.txt
 	test -x .venv-feast/bin/python || $(BIN)/uv venv --python $(BIN)/python .venv-feast
