@@ -29,9 +29,10 @@ class Connection:
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
         """Send a request and return status and body."""
-        if self._writer is None or self._writer.is_closing():
+        # a server ends a connection that has been idle for long: that is no failure of the next request
+        if self._writer is None or self._reader is None or self._reader.at_eof():
+            self.close()
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
-        assert self._reader is not None
         self._writer.write(request)
         head = await self._reader.readuntil(b"\r\n\r\n")
         status = int(head[9:12])

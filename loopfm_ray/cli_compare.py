@@ -43,6 +43,13 @@ def experiment(
         ),
     ],
     overrides: SetOption = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="SUMMARY",
+            help="Summary of the same experiment with other seeds, from another machine; may be given several times.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -54,7 +61,7 @@ def experiment(
     from loopfm_ray.jobs.experiment import run_experiment
 
     with show_progress() as progress:
-        summary = run_experiment(settings, progress=progress)
+        summary = run_experiment(settings, merge=merge or (), progress=progress)
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
         return

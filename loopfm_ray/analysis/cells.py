@@ -9,7 +9,7 @@ from loopfm_ray.analysis.significance import paired_test
 from loopfm_ray.errors import MetricError
 from loopfm_ray.metrics.transfer import relative_gain, transfer_ratio_first_launch
 
-__all__ = ["Cell", "Compared", "assemble_cells", "headline"]
+__all__ = ["Cell", "Compared", "assemble_cells", "headline", "join_seeds", "read_cells"]
 
 # Any below: JSON.
 Record = Mapping[str, Any]
@@ -47,6 +47,63 @@ def assemble_cells(cells: Sequence[Cell], roles: Compared) -> list[dict[str, Any
     """
     by_place = {(cell.variant, cell.model, cell.arm): cell for cell in cells}
     return [_tree(cell, by_place, roles) for cell in cells]
+
+
+def read_cells(summary: Mapping[str, Any]) -> list[Cell]:
+    """Return the cells of an experiment's `summary.json`, the other way round from `assemble_cells`.
+
+    Test metrics are those of each seed. Of the rest a summary has means alone, which stand for every seed, so that all that
+    `assemble_cells` makes of these cells is what the summary says.
+    """
+    return [
+        Cell(
+            tree["variant"],
+            tree["model"],
+            tree["arm"],
+            tuple(
+                {**tree, "seed": seed, "test": tree["per_seed"][str(seed)]}
+                for seed in tree["seeds"]
+            ),
+            tuple(
+                {"seed": seed, "test": summary["fm"][tree["variant"]]["per_seed"][str(seed)]}
+                for seed in tree["seeds"]
+            ),
+        )
+        for tree in summary["cells"]
+    ]
+
+
+def join_seeds(parts: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """Return cells of the seeds of all parts, each part having the same cells of other seeds; seeds in rising order.
+
+    Raises:
+        MetricError: two parts have a seed in common, or not the same cells.
+    """
+    by_place: dict[tuple[str, str, str], list[Cell]] = {}
+    for part in parts:
+        for cell in part:
+            by_place.setdefault((cell.variant, cell.model, cell.arm), []).append(cell)
+    joined = []
+    for place, cells in by_place.items():
+        if len(cells) != len(parts):
+            raise MetricError(
+                f"cell {'/'.join(place)} is in {len(cells)} of {len(parts)} summaries; expected the same cells in all"
+            )
+        pairs = sorted(
+            (
+                (record, fm)
+                for cell in cells
+                for record, fm in zip(cell.records, cell.fm, strict=True)
+            ),
+            key=lambda pair: pair[0]["seed"],
+        )
+        seeds = [record["seed"] for record, _ in pairs]
+        if len(set(seeds)) != len(seeds):
+            raise MetricError(
+                f"cell {'/'.join(place)} has seeds {seeds}; expected each in one summary alone"
+            )
+        joined.append(Cell(*place, tuple(r for r, _ in pairs), tuple(fm for _, fm in pairs)))
+    return joined
 
 
 def headline(

@@ -20,6 +20,7 @@ from loopfm_ray.store.codes import CodeSpec
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.embed import embedding_chunks
+from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, load_snapshot, save_snapshot
 from loopfm_ray.train.weights import TrainedFm, load_fm
 from loopfm_ray.types import TimeRange
@@ -59,7 +60,7 @@ def compress(task: CompressTask) -> str:
         DataError: there are no events to fit on, or to choose the codes on.
         StoreError: the bottleneck was to be trained along with the FM, and this FM has another one or none.
     """
-    torch.set_num_threads(1)
+    set_up_process()
     torch.manual_seed(task.seed)
     data, trained = PreparedData.open(task.prepared), load_fm(task.fm)
     rows = _Embeddings(task, data, trained)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from loopfm_ray.analysis.alignment import Alignment, AlignmentKind
@@ -31,6 +30,7 @@ from loopfm_ray.store.manifest import find_manifest
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.tables import code_bytes, code_column, write_text
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
+from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.trained import TrainedVm, load_trained_vm
 from loopfm_ray.types import TimeRange
 
@@ -72,7 +72,7 @@ def measure_run_drift(
         ConfigError: the runs are not over the same log in the same buckets, or have one snapshot.
         DataError: the snapshots embedded no events in common.
     """
-    torch.set_num_threads(1)
+    set_up_process()
     splits, seed = splits_of(old), old.seeds[0]
     readers = [LatentsReader(one.paths.latents(one.seeds[0])) for one in (new, old)]
     ids = [reader.manifest.meta["snapshot_id"] for reader in readers]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from loopfm_ray.analysis.slices import is_repeat, slice_masks
@@ -26,6 +25,7 @@ from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.tables import read_parquet, write_parquet, write_text
 from loopfm_ray.train.evaluate import Predictions, binary_metrics
+from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
 
@@ -62,7 +62,7 @@ class EvaluationRecord:
 
 def evaluate_vm(job: VmJob, predictions: Path) -> EvaluationRecord:
     """Score the test window with one trained VM and keep its predictions in a file."""
-    torch.set_num_threads(1)
+    set_up_process()
     data = VmData.open(job)
     trained = load_trained_vm(job.out_dir)
     manifest = read_manifest(job.out_dir)

@@ -8,14 +8,21 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells, headline
-from loopfm_ray.config import config_hash, dump_yaml
-from loopfm_ray.errors import StoreError
+from loopfm_ray.analysis.cells import (
+    Cell,
+    Compared,
+    assemble_cells,
+    headline,
+    join_seeds,
+    read_cells,
+)
+from loopfm_ray.config import config_hash, dump_yaml, validate
+from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiment_grid import ExperimentConfig, cell_name
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.jobs.cluster import connect
@@ -43,14 +50,25 @@ _STAGES = (
     "evaluate",
 )
 _DONE = "done.json"
+_HOW_IT_RUNS = {"name", "run_dir", "seeds", "any_code", "keep_data", "pool", "audit", "ray"}
 
 
-def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> dict[str, Any]:
+def run_experiment(
+    config: ExperimentConfig, *, merge: Sequence[Path] = (), progress: Progress = silent
+) -> dict[str, Any]:
     """Run every variant that is not finished and write `summary.json`, `report.html` and `results.md`; return the summary.
 
+    Args:
+        config: The experiment.
+        merge: Summaries of the same experiment with other seeds, made elsewhere: the summary is over all of them.
+        progress: Is told what is done.
+
     Raises:
+        ConfigError: a summary is of another experiment.
+        MetricError: a summary has a seed that the config or another summary has as well.
         LoopFMError: a stage failed; running the same config again goes on there.
     """
+    others = [_read_summary(path, config) for path in merge]
     config.root.mkdir(parents=True, exist_ok=True)
     write_text(config.root / "config.yaml", dump_yaml(config))
     waiting = [name for name in config.variants if not _is_done(config, name)]
@@ -61,16 +79,21 @@ def run_experiment(config: ExperimentConfig, *, progress: Progress = silent) -> 
                 _run_variant(config, variant, progress)
                 _LOGGER.info("variant %s done, %d of %d", variant, number, len(waiting))
                 progress(f"variant {variant}", 1, 1)
-                summary = summarise(config)
+                summary = summarise(config, others if number == len(waiting) else ())
         return summary
-    return summarise(config)
+    return summarise(config, others)
 
 
-def summarise(config: ExperimentConfig) -> dict[str, Any]:
+def summarise(config: ExperimentConfig, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Write the summary of the variants that are finished, with its page and its tables, and return it.
+
+    Args:
+        config: The experiment.
+        others: Whole summaries of the same experiment with other seeds.
 
     Raises:
         StoreError: none is finished.
+        MetricError: two of them have a seed in common.
     """
     finished = [name for name in config.variants if _is_done(config, name)]
     if not finished:
@@ -78,25 +101,65 @@ def summarise(config: ExperimentConfig) -> dict[str, Any]:
             f"no variant of {config.root} is finished; run `loopfm experiment` with this config"
         )
     roles = Compared(**config.roles.model_dump())
-    cells = assemble_cells([cell for name in finished for cell in _cells(config, name)], roles)
+    own = [cell for name in finished for cell in _cells(config, name)]
+    cells = assemble_cells(join_seeds([*map(read_cells, others), own]), roles)
     done = {name: _done(config, name) for name in finished}
     summary = {
         "name": config.name,
         **headline(cells, finished[0], roles),
         "headline_variant": finished[0],
         "roles": asdict(roles),
-        "seeds": list(config.seeds),
+        "seeds": cells[0]["seeds"],
         "num_unfinished_variants": len(config.variants) - len(finished),
-        "code_versions": sorted({item["code_version"] for item in done.values()}),
+        "code_versions": sorted(
+            {item["code_version"] for item in done.values()}.union(
+                *(other["code_versions"] for other in others)
+            )
+        ),
         "cells": cells,
-        "fm": {name: _fm_records(config, name) for name in finished},
+        "fm": {
+            name: _with_seeds(_fm_records(config, name), [other["fm"][name] for other in others])
+            for name in finished
+        },
         "channel": {name: item["channel"] for name, item in done.items()},
         "seconds": {name: item["seconds"] for name, item in done.items()},
-        "config": config.model_dump(mode="json"),
+        "config": {**config.model_dump(mode="json"), "seeds": cells[0]["seeds"]},
     }
     write_text(config.root / "summary.json", json.dumps(summary, indent=1))
     build_grid_report(summary, config.root)
     return summary
+
+
+def _read_summary(path: Path, config: ExperimentConfig) -> dict[str, Any]:
+    """Return the summary at `path`, which has to be a whole one of the same experiment."""
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        theirs = validate(ExperimentConfig, summary["config"], f"the config in {path}")
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a summary of an experiment: {error!r}; expected the summary.json of one"
+        ) from error
+    if summary["num_unfinished_variants"]:
+        raise ConfigError(
+            f"{path} lacks {summary['num_unfinished_variants']} variants; expected a finished experiment"
+        )
+    mine, other = (_measured(item) for item in (config, theirs))
+    if mine != other:
+        differs = sorted(name for name in mine if mine[name] != other[name])
+        raise ConfigError(
+            f"{path} is of another experiment: {', '.join(differs)} differ; expected other seeds of the same config"
+        )
+    return summary
+
+
+def _measured(config: ExperimentConfig) -> dict[str, Any]:
+    """What an experiment measures, without where, how and for which seeds it runs."""
+    return config.model_dump(mode="json", exclude=_HOW_IT_RUNS)
+
+
+def _with_seeds(record: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    per_seed = {seed: test for each in (*others, record) for seed, test in each["per_seed"].items()}
+    return {**record, "per_seed": dict(sorted(per_seed.items(), key=lambda item: int(item[0])))}
 
 
 def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> None:

@@ -4,8 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import JobError, StoreError
 from loopfm_ray.experiments import PipelineConfig
@@ -16,6 +14,7 @@ from loopfm_ray.store.manifest import find_manifest
 from loopfm_ray.store.offline import LatentsReader
 from loopfm_ray.store.online import OnlineStore
 from loopfm_ray.store.target import open_version
+from loopfm_ray.train.process import set_up_process
 
 __all__ = ["replay_requests"]
 
@@ -33,7 +32,7 @@ def replay_requests(config: PipelineConfig, log: Path, threshold: float = 0.0) -
         DataError: the log is damaged.
         JobError: more rows differ, or not one request could be replayed.
     """
-    torch.set_num_threads(1)
+    set_up_process()
     if find_manifest(config.paths.bundle) is None:
         raise StoreError(f"{config.paths.bundle} is not there; run `loopfm publish` first")
     bundle = load_bundle(absolute(config.paths.bundle))

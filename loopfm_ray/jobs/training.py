@@ -29,6 +29,7 @@ from loopfm_ray.train.curves import load_curves, write_curves
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
 from loopfm_ray.train.loop import Evaluation, FitReport, Hooks, Progress, fit, progress_records
 from loopfm_ray.train.optim import build_optimizer
+from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.state import TrainState, load_state, save_state
 from loopfm_ray.train.step import Workers, make_objective
 from loopfm_ray.types import TimeRange
@@ -67,7 +68,7 @@ class Worker:
     def current(cls) -> "Worker":
         """Return the worker that Ray Train runs this in; sets it up for one thread."""
         log.setup("WARNING")
-        torch.set_num_threads(1)
+        set_up_process()
         context = ray.train.get_context()
         return cls(context.get_world_rank(), context.get_world_size())
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["Activation", "Dice", "build_activation"]
 
@@ -72,7 +73,7 @@ class _LastAxisPrelu(nn.Module):
         self.slope = nn.Parameter(torch.full((dim,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, x * self.slope)
+        return functional.prelu(x.reshape(-1, x.shape[-1]), self.slope).view_as(x)
 
 
 def build_activation(kind: Activation, dim: int) -> nn.Module:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import UNKNOWN_ID
@@ -66,5 +65,7 @@ class FieldEmbeddings(nn.Module):
             ids: [..., F] int64, each below its field's cardinality.
             offsets: [F] int64 from `offsets`, in the order of the columns.
         """
-        found = functional.embedding(ids + offsets, self.weight)
-        return found.flatten(-2)
+        rows = (ids + offsets).flatten()
+        # not functional.embedding: its gradient is the same, and on a CPU takes three times as long
+        found = self.weight.index_select(0, rows)
+        return found.view(*ids.shape[:-1], ids.shape[-1] * self.dim)

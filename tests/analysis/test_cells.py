@@ -1,6 +1,14 @@
 import pytest
 
-from loopfm_ray.analysis.cells import Cell, Compared, assemble_cells, headline
+from loopfm_ray.analysis.cells import (
+    Cell,
+    Compared,
+    assemble_cells,
+    headline,
+    join_seeds,
+    read_cells,
+)
+from loopfm_ray.errors import MetricError
 
 ROLES = Compared("none", "kd", "best")
 NE = {"fm": [0.70, 0.72], "none": [0.90, 0.92], "kd": [0.88, 0.91], "best": [0.80, 0.81]}
@@ -65,3 +73,38 @@ def test_an_fm_that_is_no_better_leaves_the_ratio_out():
     _, _, best = assemble_cells(cells, ROLES)
     assert best["transfer_ratio"] is None
     assert headline([best], "main", ROLES)["transfer_ratio_over_kd"] is None
+
+
+def seed_part(seed):
+    return [
+        Cell("main", "deep", arm, (records(arm)[seed],), (records("fm")[seed],))
+        for arm in ("none", "kd", "best")
+    ]
+
+
+def summary_of(cells):
+    per_seed = {str(fm["seed"]): fm["test"] for fm in cells[0].fm}
+    return {"cells": assemble_cells(cells, ROLES), "fm": {"main": {"per_seed": per_seed}}}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_seeds_from_two_summaries_are_those_of_one_experiment(order):
+    parts = [read_cells(summary_of(seed_part(seed))) for seed in order]
+    assert assemble_cells(join_seeds(parts), ROLES) == trees()
+
+
+def test_a_summary_read_back_gives_itself():
+    assert (
+        assemble_cells(read_cells(summary_of(join_seeds([seed_part(0), seed_part(1)]))), ROLES)
+        == trees()
+    )
+
+
+def test_a_seed_in_two_summaries_is_refused():
+    with pytest.raises(MetricError, match=r"has seeds \[0, 0\]"):
+        join_seeds([seed_part(0), seed_part(0)])
+
+
+def test_summaries_of_other_cells_are_refused():
+    with pytest.raises(MetricError, match="main/deep/best is in 1 of 2"):
+        join_seeds([seed_part(0), seed_part(1)[:2]])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loopfm_ray.config import validate
-from loopfm_ray.errors import JobError
+from loopfm_ray.errors import ConfigError, JobError, MetricError
 from loopfm_ray.experiment_grid import ExperimentConfig
 from loopfm_ray.experiments import RayConfig
 from loopfm_ray.jobs import experiment as job
@@ -92,6 +92,60 @@ def test_every_cell_is_measured_once_and_a_killed_experiment_goes_on(
     # a second run finds everything done, without a cluster of its own
     monkeypatch.setattr(job, "connect", None)
     assert run_experiment(config)["cells"] == summary["cells"]
+
+    # seeds that another machine has measured come in by its summary
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(json.dumps(with_seeds(summary, {"0": 7, "1": 8})))
+    merged = run_experiment(config, merge=[elsewhere])
+    assert merged["seeds"] == merged["config"]["seeds"] == [0, 1, 7, 8]
+    for cell, alone in zip(merged["cells"], summary["cells"], strict=True):
+        assert cell["mean"] == pytest.approx(alone["mean"])
+        assert cell["per_seed"]["8"] == alone["per_seed"]["1"]
+    assert set(merged["fm"]["main"]["per_seed"]) == {"0", "1", "7", "8"}
+    assert json.loads((tmp_path / "small/summary.json").read_text()) == merged
+    with pytest.raises(MetricError, match="expected each in one summary alone"):
+        run_experiment(config, merge=[elsewhere, elsewhere])
+
+
+def with_seeds(summary, names):
+    """The same figures under other seeds."""
+    return {
+        **summary,
+        "cells": [
+            {
+                **cell,
+                "seeds": [names[str(seed)] for seed in cell["seeds"]],
+                "per_seed": {str(names[seed]): test for seed, test in cell["per_seed"].items()},
+            }
+            for cell in summary["cells"]
+        ],
+        "fm": {
+            variant: {
+                **record,
+                "per_seed": {str(names[seed]): test for seed, test in record["per_seed"].items()},
+            }
+            for variant, record in summary["fm"].items()
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {}}, "is not a summary of an experiment|the config in"),
+        ({"num_unfinished_variants": 1}, "lacks 1 variants"),
+        ({"fm": {"model": {"embed_dim": 4}}}, "is of another experiment: fm differ"),
+    ],
+)
+def test_a_summary_of_something_else_is_refused_before_anything_runs(tmp_path, change, message):
+    config = config_in(tmp_path / "mine")
+    theirs = dict(TREE, **{name: part for name, part in change.items() if name == "fm"})
+    summary = {"config": theirs, "num_unfinished_variants": 0, **change}
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary))
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(config, merge=[path])
+    assert not (tmp_path / "mine").exists()
 
 
 @pytest.mark.slow
