@@ -12,9 +12,10 @@ BENCHMARKS := history_join latents_size materialize random_reads serve soak_serv
 demo: setup  ## the whole loop on real data, to a served score and a report
 	$(BIN)/loopfm demo $(ARGS)
 
-test: setup  ## every test but the slow ones, with coverage of the core
+test: setup  ## every test but the slow ones, with coverage of the core; a Ray cluster takes the machine, all others share it
 	bash .ci/services $(BIN)
-	$(BIN)/pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+	$(BIN)/pytest -m "not slow and not ray" -n 2 --dist loadfile --cov --cov-report= $(ARGS)
+	$(BIN)/pytest -m "not slow and ray" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
 
 test-slow: setup  ## the long suites as well
 	bash .ci/services $(BIN)

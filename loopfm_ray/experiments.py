@@ -18,6 +18,7 @@ from loopfm_ray.analysis.alignment import AlignmentKind
 from loopfm_ray.config import Config
 from loopfm_ray.data.base_config import Moment, to_ts
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
+from loopfm_ray.distill.heads import AuxiliaryConfig
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.history.config import HistoryStageConfig
 from loopfm_ray.history.freshness import FreshnessConfig
@@ -168,6 +169,27 @@ class VmStageConfig(Config):
     """Weight of the cross entropy against the FM's prediction, beside that against the label; 0 is no distillation."""
     fitnets: FitNetsConfig | None = None
     """Pulls a hidden layer to the FM's latent of the row, while training only; none does not."""
+    auxiliary: AuxiliaryConfig | None = None
+    """Follows the FM's prediction with a head that is not served, in place of `kd_weight`; none has one head."""
+
+    @model_validator(mode="after")
+    def _follows_once(self) -> Self:
+        if self.auxiliary is None:
+            return self
+        given = [
+            name for name in ("kd_weight", "fitnets") if getattr(self, name) not in (0.0, None)
+        ]
+        if given:
+            raise ConfigError(
+                f"auxiliary and {given[0]} are both set: the served head would follow the FM after all, or two ways of"
+                f" training the same layer mix; leave {given[0]} out"
+            )
+        return self
+
+    @property
+    def follows_fm(self) -> bool:
+        """Whether training reads the FM's prediction of the rows."""
+        return self.kd_weight > 0 or self.auxiliary is not None
 
     @property
     def needs_teacher_latent(self) -> bool:

@@ -86,7 +86,7 @@ def _histories(config: PipelineConfig, prefix: str) -> dict[str, str]:
     return {
         name: stage.model.history.kind
         for name, stage in config.vms.items()
-        if name.startswith(prefix) and not stage.kd_weight and not stage.needs_teacher_latent
+        if name.startswith(prefix) and not stage.follows_fm and not stage.needs_teacher_latent
     }
 
 

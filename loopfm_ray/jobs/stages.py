@@ -274,7 +274,7 @@ def _vm_inputs(
     if stage.model.history.kind in ("latent", "both") or stage.needs_teacher_latent:
         inputs["joined"] = joined.version
         inputs |= {"latents": joined.meta["latents_version"], "space": joined.meta["space"]}
-    elif stage.kd_weight:
+    elif stage.follows_fm:
         inputs["fm"] = needed(config.paths.fm(seed), "train-fm").version
     return inputs
 

@@ -29,6 +29,7 @@ from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits
 from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
+from loopfm_ray.distill.heads import AuxiliaryVm
 from loopfm_ray.distill.hints import HintedVm
 from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiments import VmStageConfig
@@ -291,7 +292,9 @@ def _plan(job: VmJob) -> tuple[StepPlan, list[list[int]]]:
 
 
 def _trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> nn.Module:
-    """Return what is trained: the VM, or with `fitnets` the VM and the map that is thrown away."""
+    """Return what is trained: the VM, and with `fitnets` or `auxiliary` what is thrown away afterwards."""
+    if config.auxiliary is not None:
+        return AuxiliaryVm(model, config.auxiliary)
     if config.fitnets is None:
         return model
     return HintedVm(model, config.fitnets.layer, data.spec.dim)

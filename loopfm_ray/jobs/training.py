@@ -17,21 +17,22 @@ import ray.train
 import torch
 import torch.distributed
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from torch import nn
+from torch import Tensor, nn
 
 from loopfm_ray import log
 from loopfm_ray.data.collate import Batch, Collator
 from loopfm_ray.data.examples import ExampleFile, Rows, iterate_rows
 from loopfm_ray.data.windows import StepPlan, rechunk, shuffle_windows
+from loopfm_ray.distill.heads import AuxiliaryVm
 from loopfm_ray.experiments import LearningConfig
 from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.train.curves import load_curves, write_curves
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
 from loopfm_ray.train.loop import Evaluation, FitReport, Hooks, Progress, fit, progress_records
-from loopfm_ray.train.optim import build_optimizer
+from loopfm_ray.train.optim import build_adapter_optimizer, build_optimizer
 from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.state import TrainState, load_state, save_state
-from loopfm_ray.train.step import Workers, make_objective
+from loopfm_ray.train.step import Workers, make_adapter_step, make_objective
 from loopfm_ray.types import TimeRange
 
 __all__ = [
@@ -134,7 +135,11 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
     """
     wrapped = ray.train.torch.prepare_model(task.model) if worker.world_size > 1 else task.model
     loop = task.learning.loop(task.plan.num_steps)
-    state = TrainState(task.model, build_optimizer(loop.optim, task.model))
+    state = TrainState(
+        task.model,
+        build_optimizer(loop.optim, task.model),
+        adapter_optimizer=build_adapter_optimizer(task.model),
+    )
     recorder = _Recorder(task, worker)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None and checkpoint.get_metadata().get(_KEY) == task.key:
@@ -146,7 +151,11 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
     )
     workers = Workers(worker.world_size, lambda _: float(next(global_rows)))
     objective = make_objective(
-        wrapped, kd_weight=task.kd_weight, hint_weight=task.hint_weight, workers=workers
+        wrapped,
+        kd_weight=task.kd_weight,
+        hint_weight=task.hint_weight,
+        auxiliary=task.model if isinstance(task.model, AuxiliaryVm) else None,
+        workers=workers,
     )
     batches = islice(_batches(task, worker), state.counters.step, None)
     hooks = Hooks(
@@ -154,11 +163,25 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
         on_checkpoint=recorder.checkpoint,
         evaluate=lambda: _valid_metrics(task),
         on_evaluation=recorder.evaluation,
+        **_adapter_hook(state, worker),
     )
     total_steps = task.plan.num_steps * task.learning.epochs
     collated = (task.collate(rows) for rows in batches)
     report = fit(state, collated, objective, loop, total_steps, hooks)
     return report, recorder.curves
+
+
+def _adapter_hook(state: TrainState, worker: Worker) -> dict[str, Callable[[Batch], None]]:
+    """Return the hook that trains the student adapter of a VM that has one."""
+    if state.adapter_optimizer is None or not isinstance(state.model, AuxiliaryVm):
+        return {}
+    reduce = _sum_over_workers if worker.world_size > 1 else None
+    return {"before_step": make_adapter_step(state.model, state.adapter_optimizer, reduce)}
+
+
+def _sum_over_workers(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor)
 
 
 def finished_trainings() -> list[str]:

@@ -74,6 +74,8 @@ class Hooks:
     evaluate: Callable[[], dict[str, float]] | None = None
     """Validation metrics of the model as it is; must hold `ne` when `patience` is set."""
     on_evaluation: Callable[[Evaluation], None] = _ignore
+    before_step: Callable[[Batch], None] = _ignore
+    """Given each batch before the model's step on it."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class _Run:
         state, counters, config = self.state, self.state.counters, self.config
         state.model.train()
         set_rate(state.optimizer, rate_factor(config.optim, counters.step, self.total_steps))
+        self.hooks.before_step(batch)
         state.optimizer.zero_grad(set_to_none=True)
         loss = objective(batch)
         loss.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

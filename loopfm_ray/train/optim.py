@@ -7,10 +7,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from loopfm_ray.config import Config
+from loopfm_ray.distill.heads import AuxiliaryVm, StudentAdapter
 from loopfm_ray.models.bottleneck import Bottleneck
 from loopfm_ray.models.embeddings import FieldEmbeddings
 
-__all__ = ["OptimConfig", "build_optimizer", "rate_factor", "set_rate"]
+__all__ = ["OptimConfig", "build_adapter_optimizer", "build_optimizer", "rate_factor", "set_rate"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -37,13 +38,17 @@ class OptimConfig(Config):
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
     """Build the optimizer of a model; with no weight decay it is Adam.
 
-    A bottleneck that is trained along has the learning rate of its own config and no weight decay.
+    A bottleneck that is trained along has the learning rate of its own config and no weight decay. A student adapter is
+    left to `build_adapter_optimizer`.
     """
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, FieldEmbeddings)
     }
     bottlenecks = [module for module in model.modules() if isinstance(module, Bottleneck)]
-    beside = {id(parameter) for module in bottlenecks for parameter in module.parameters()}
+    adapters = [module for module in model.modules() if isinstance(module, StudentAdapter)]
+    beside = {
+        id(parameter) for module in (*bottlenecks, *adapters) for parameter in module.parameters()
+    }
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters = [parameter for parameter in learning if id(parameter) not in beside]
     dense = [p for p in parameters if id(p) not in tables]
@@ -58,6 +63,13 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
         groups.append({"params": own, "lr": module.config.lr, "weight_decay": 0.0})
     groups = [{**group, "full_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, fused=True)
+
+
+def build_adapter_optimizer(model: nn.Module) -> torch.optim.Adam | None:
+    """Build the optimizer of a VM's student adapter, at a constant rate of its own; None where there is no adapter."""
+    if not isinstance(model, AuxiliaryVm) or model.adapter is None or model.config.adapter is None:
+        return None
+    return torch.optim.Adam(model.adapter.parameters(), lr=model.config.adapter.lr, fused=True)
 
 
 def rate_factor(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -55,6 +55,8 @@ class TrainState:
     counters: Counters = field(default_factory=Counters)
     best_weights: dict[str, Tensor] | None = None
     """Weights at the best validation NE; kept with early stopping."""
+    adapter_optimizer: torch.optim.Optimizer | None = None
+    """Of a VM's student adapter, which takes a step of its own before each of the VM."""
 
 
 def save_state(state: TrainState, directory: Path) -> None:
@@ -66,10 +68,10 @@ def save_state(state: TrainState, directory: Path) -> None:
     save_file(_plain(state.model.state_dict()), staged / _WEIGHTS)
     if state.best_weights is not None:
         save_file(_plain(state.best_weights), staged / _BEST)
-    torch.save(
-        {"optimizer": state.optimizer.state_dict(), "rng": torch.get_rng_state()},
-        staged / _OPTIMIZER,
-    )
+    saved = {"optimizer": state.optimizer.state_dict(), "rng": torch.get_rng_state()}
+    if state.adapter_optimizer is not None:
+        saved["adapter_optimizer"] = state.adapter_optimizer.state_dict()
+    torch.save(saved, staged / _OPTIMIZER)
     tree = {"format_version": _FORMAT_VERSION, **asdict(state.counters)}
     (staged / _COUNTERS).write_text(json.dumps(tree, sort_keys=True), encoding="utf-8")
     old = directory.parent / f".{directory.name}.old-0"
@@ -97,6 +99,8 @@ def load_state(state: TrainState, directory: Path) -> None:
         saved = torch.load(directory / _OPTIMIZER, weights_only=True)
         state.model.load_state_dict(load_file(directory / _WEIGHTS))
         state.optimizer.load_state_dict(saved["optimizer"])
+        if state.adapter_optimizer is not None:
+            state.adapter_optimizer.load_state_dict(saved["adapter_optimizer"])
         state.counters = _counters(tree)
         has_best = (directory / _BEST).exists()
         state.best_weights = load_file(directory / _BEST) if has_best else None

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from loopfm_ray.data.collate import Batch
+from loopfm_ray.distill.heads import AuxiliaryOutput, AuxiliaryVm, adapter_sum, auxiliary_sum
 from loopfm_ray.distill.hints import HintedOutput
 from loopfm_ray.distill.losses import normalise, weighted_bce_sum, weighted_mse_sum
 from loopfm_ray.errors import DataError
 from loopfm_ray.models.foundation import FmOutput
 from loopfm_ray.models.joint import JointOutput
 
-__all__ = ["Objective", "StepLoss", "Workers", "first_logit", "make_objective"]
+__all__ = [
+    "Objective",
+    "StepLoss",
+    "Workers",
+    "first_logit",
+    "make_adapter_step",
+    "make_objective",
+]
 
 
 @dataclass(frozen=True)
@@ -45,19 +53,22 @@ def make_objective(
     *,
     kd_weight: float = 0.0,
     hint_weight: float = 0.0,
+    auxiliary: AuxiliaryVm | None = None,
     workers: Workers | None = None,
 ) -> Objective:
     """Return the objective of an FM or a VM: cross entropy summed over tasks, and what follows the teacher.
 
-    A `JointFm` adds the loss of its bottleneck, from which the FM learns nothing.
+    A `JointFm` adds the loss of its bottleneck, from which the FM learns nothing, an `AuxiliaryVm` those of its heads.
 
     The KD loss compares the first task with `Batch.teacher_prob`, the hint loss the hint of a `HintedVm` with
     `Batch.teacher_latent`.
 
     Args:
-        model: gives [B, T] logits, an `FmOutput`, `JointOutput` or `HintedOutput`; may be wrapped for data parallelism.
+        model: gives [B, T] logits, an `FmOutput`, `JointOutput`, `HintedOutput` or `AuxiliaryOutput`; may be wrapped for data
+            parallelism.
         kd_weight: weight of the KD loss; 0 leaves it out.
         hint_weight: weight of the hint loss; 0 leaves it out.
+        auxiliary: what `model` is, unwrapped, when it has heads beside it.
         workers: data parallelism; none is a single worker.
     """
     shared = workers or Workers()
@@ -78,6 +89,8 @@ def make_objective(
             total = total + hint_weight * _hint_sum(output, batch, weight)
         if isinstance(output, JointOutput):
             total = total + output.bottleneck_sum
+        if auxiliary is not None:
+            total = total + auxiliary_sum(auxiliary, output, batch)
         num_rows = shared.count_rows(len(batch.label))
         total = normalise(total, num_rows, shared.world_size)
         return StepLoss(total, logit[:, 0].detach(), batch.label[:, 0])
@@ -85,12 +98,47 @@ def make_objective(
     return objective
 
 
+def make_adapter_step(
+    model: AuxiliaryVm,
+    optimizer: torch.optim.Optimizer,
+    reduce: Callable[[list[Tensor]], None] | None = None,
+) -> Callable[[Batch], None]:
+    """Return what takes the adapter's step on a batch, to be called before the VM's step on the same batch.
+
+    Source: ExFM, arXiv 2502.17494, Algorithm 1: a step on L_sta; then the adapter's output, without gradient, is a target
+    of the VM.
+
+    Args:
+        model: a VM with an adapter.
+        optimizer: of the adapter alone.
+        reduce: sums tensors over all workers in place; none is a single worker.
+
+    Raises:
+        AssertionError: the model has no adapter.
+    """
+    if model.adapter is None:
+        raise AssertionError("there is no adapter to train")
+    parameters = list(model.adapter.parameters())
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        num_rows = torch.tensor([float(len(batch.label))])
+        gradients = list(torch.autograd.grad(adapter_sum(model, batch), parameters))
+        if reduce is not None:
+            reduce([num_rows, *gradients])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient / num_rows.to(gradient.device).clamp_min(1.0)
+        optimizer.step()
+
+    return step
+
+
 def first_logit(model: nn.Module, batch: Batch) -> Tensor:
     """Return [B]: the first task's logit of an FM or a VM."""
     return _logits(model(batch))[:, 0]
 
 
-def _logits(output: Tensor | FmOutput | JointOutput | HintedOutput) -> Tensor:
+def _logits(output: Tensor | FmOutput | JointOutput | HintedOutput | AuxiliaryOutput) -> Tensor:
     return output if isinstance(output, Tensor) else output.logit
 
 
