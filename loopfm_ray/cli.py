@@ -121,6 +121,7 @@ for _name, _text in {
     "join": "Give each request the history that was visible to it (after materialize).",
     "train-vm": "Train the vertical models (after join).",
     "evaluate": "Measure all models on the test window (after train-vm).",
+    "stream": "Train VMs day by day, each day predicted before it is learnt from; for every vertical (after join).",
     "publish": "Copy the histories into the online store and switch to them.",
     "report": "Write summary.json and the HTML page from the run's records.",
 }.items():

@@ -19,6 +19,7 @@ from loopfm_ray.config import Config
 from loopfm_ray.data.base_config import Moment, to_ts
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
 from loopfm_ray.distill.heads import AuxiliaryConfig
+from loopfm_ray.distill.stream import StreamConfig
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.history.config import HistoryStageConfig
 from loopfm_ray.history.freshness import FreshnessConfig
@@ -291,6 +292,8 @@ class PipelineConfig(Config):
     online: OnlineConfig = OnlineConfig()
     audit: AuditConfig = AuditConfig()
     freshness: FreshnessConfig = FreshnessConfig()
+    stream: StreamConfig | None = None
+    """Trains VMs on the joined set as on a stream, beside or in place of `train-vm`; null does not."""
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -305,6 +308,12 @@ class PipelineConfig(Config):
             raise ConfigError(f"seeds must differ, found {list(self.seeds)}")
         if self.store and "://" in self.store and not re.match(r"s3://[^/]", self.store):
             raise ConfigError(f"store must be a folder or s3://bucket/prefix, found {self.store!r}")
+        streamed = (self.stream.vms if self.stream is not None else None) or ()
+        unknown = sorted(set(streamed).difference(self.vms))
+        if unknown:
+            raise ConfigError(
+                f"stream.vms names {unknown}, which are not among vms {sorted(self.vms)}"
+            )
         reason = why_not_servable(self.vms[self.online.model].model)
         if reason is not None:
             raise ConfigError(
@@ -394,6 +403,10 @@ class RunPaths:
     def vm(self, seed: int, name: str) -> Location:
         """One trained VM."""
         return join(self.versions, f"seed={seed}", "vm", name)
+
+    def stream(self, seed: int, vertical: str, name: str) -> Location:
+        """One VM as the end of a vertical's stream left it."""
+        return join(self.versions, f"seed={seed}", "stream", vertical, name)
 
     def checkpoints(self, key: str) -> Location:
         """Where the training of this key keeps its checkpoints while it runs."""

@@ -23,6 +23,7 @@ VERBS = [
     "freshness",
     "train-vm",
     "evaluate",
+    "stream",
     "publish",
     "parity",
     "report",

@@ -76,7 +76,8 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return grad[0] * ctx.factor, None
+        scaled: Tensor = grad[0] * ctx.factor
+        return scaled, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
@@ -102,7 +103,8 @@ class StudentAdapter(nn.Module):
     def forward(self, teacher_prob: Tensor) -> Tensor:
         """Return [B] logits from probabilities [B]."""
         given = torch.logit(teacher_prob, _EPSILON)[:, None]
-        return (given + self.out(functional.relu(self.inner(given))))[:, 0]
+        moved: Tensor = self.out(functional.relu(self.inner(given)))
+        return (given + moved)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.scoring import run_parity
 from loopfm_ray.jobs.stages import STAGES, evaluation_path
+from loopfm_ray.jobs.streaming import run_stream_stage
 from loopfm_ray.report.assemble import assemble_models
 from loopfm_ray.report.page import build_report
 from loopfm_ray.store.codes import CodeSpec
@@ -38,7 +39,9 @@ __all__ = ["STAGE_NAMES", "run_pipeline", "run_stages"]
 
 _LOGGER = logging.getLogger(__name__)
 _ALL = {**STAGES, "parity": run_parity}
-STAGE_NAMES = (*_ALL, "report")
+_BESIDE = {"stream": run_stream_stage}
+"""Stages of runs whose config asks for them."""
+STAGE_NAMES = (*_ALL, *_BESIDE, "report")
 """Every stage in the order in which they depend on each other."""
 
 
@@ -54,6 +57,8 @@ def run_pipeline(
     with connect(config.ray):
         for name in _ALL:
             _run(context, name)
+        if config.stream is not None:
+            _run(context, "stream")
     return _finish(context)
 
 
@@ -100,7 +105,7 @@ def _begin(config: PipelineConfig, progress: Progress, fresh: bool) -> Context:
 def _run(context: Context, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     context.progress(name, 0, 1)
-    result = _ALL[name](context)
+    result = {**_ALL, **_BESIDE}[name](context)
     seconds = time.perf_counter() - started
     context.progress(name, 1, 1)
     _LOGGER.info("stage %s took %.1f s", name, seconds)
@@ -136,7 +141,8 @@ def _finish(context: Context) -> dict[str, Any]:
     config, paths = context.config, context.config.paths
     context.progress("report", 0, 1)
     started = time.perf_counter()
-    records = {name: _need(context, name) for name in _ALL}
+    names = (*_ALL, *(_BESIDE if config.stream is not None else ()))
+    records = {name: _need(context, name) for name in names}
     curves = _curves(config)
     lines = [
         json.dumps({key: curve[key] for key in ("run", "seed", "step", "split", "name", "value")})
@@ -193,6 +199,7 @@ def _summary(
         },
         "audit": records["audit"]["result"],
         "parity": parity,
+        **({"stream": records["stream"]["result"]} if "stream" in records else {}),
         "scored_request": scored,
         "sizes": {
             "latents_bytes": latents.num_bytes,

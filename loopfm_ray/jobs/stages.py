@@ -13,7 +13,7 @@ from loopfm_ray.data.log import log_files
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import StoreError
-from loopfm_ray.experiments import MODEL_FM, PipelineConfig, VmStageConfig
+from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import joined_hash, write_joined
 from loopfm_ray.jobs.compress import CompressTask, compress
@@ -31,6 +31,7 @@ from loopfm_ray.jobs.publishing import run_publish
 from loopfm_ray.jobs.refresh import refreshed_latents
 from loopfm_ray.jobs.train_fm import FmSettings, train_fm
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
+from loopfm_ray.jobs.vm_inputs import vm_inputs
 from loopfm_ray.store.filesystem import Location, absolute, is_remote, remove_tree
 from loopfm_ray.store.manifest import (
     Manifest,
@@ -244,7 +245,7 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
         joined = needed(config.paths.joined(seed), "join")
         for name, stage in config.vms.items():
             settings = config_hash(stage, asdict(splits), fields, config.data.past.max_len, seed)
-            inputs = _vm_inputs(config, stage, seed, data.manifest, joined)
+            inputs = vm_inputs(config, stage, seed, data.manifest, joined)
             jobs.append(
                 VmJob(
                     name=name,
@@ -261,22 +262,6 @@ def vm_jobs(config: PipelineConfig) -> list[VmJob]:
                 )
             )
     return jobs
-
-
-def _vm_inputs(
-    config: PipelineConfig, stage: VmStageConfig, seed: int, prepared: Manifest, joined: Manifest
-) -> dict[str, str]:
-    """Return the versions that a VM depends on, and the space of its latents.
-
-    A VM without the FM's latents outlives a change of theirs.
-    """
-    inputs = {"prepared": prepared.version}
-    if stage.model.history.kind in ("latent", "both") or stage.needs_teacher_latent:
-        inputs["joined"] = joined.version
-        inputs |= {"latents": joined.meta["latents_version"], "space": joined.meta["space"]}
-    elif stage.follows_fm:
-        inputs["fm"] = needed(config.paths.fm(seed), "train-fm").version
-    return inputs
 
 
 def run_train_vm(context: Context) -> dict[str, Any]:

@@ -58,7 +58,7 @@ from loopfm_ray.store.manifest import code_version, find_manifest
 from loopfm_ray.train.evaluate import binary_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
-__all__ = ["Recode", "VmData", "VmJob", "train_vms"]
+__all__ = ["Recode", "VmData", "VmJob", "train_vms", "trained_form"]
 
 _LOOK_S = 5.0
 """Seconds between two looks at how many VMs are finished."""
@@ -134,13 +134,24 @@ class VmData:
         Raises:
             ConfigError: the joined set lacks a history, or the rows' own latents.
         """
-        sources = {
-            name: self._source(name, side, buckets) for name, side in self.history.sources.items()
-        }
+        return self.collator_of(self.sources(buckets), self.schema)
+
+    def sources(self, buckets: Sequence[int]) -> dict[str, HistorySource]:
+        """Return what the histories of rows of `buckets` are read from.
+
+        Raises:
+            ConfigError: the joined set lacks a history, or the rows' own latents.
+        """
         if self.needs_teacher_latent:
             self._check_teacher_code()
+        return {
+            name: self._source(name, side, buckets) for name, side in self.history.sources.items()
+        }
+
+    def collator_of(self, sources: Mapping[str, HistorySource], schema: FeatureSchema) -> Collator:
+        """Return what makes batches from `sources`, with ids that `schema` does not know as unknown."""
         teacher = self.spec if self.needs_teacher_latent else None
-        return Collator(self.schema, self.prepared.items, self.prepared.users, sources, teacher)
+        return Collator(schema, self.prepared.items, self.prepared.users, sources, teacher)
 
     def _source(self, name: str, side: Sequence[str], buckets: Sequence[int]) -> HistorySource:
         if name == "raw":
@@ -291,7 +302,7 @@ def _plan(job: VmJob) -> tuple[StepPlan, list[list[int]]]:
     return plan_steps(rows, job.config.learning.batch_rows), shares
 
 
-def _trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> nn.Module:
+def trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> nn.Module:
     """Return what is trained: the VM, and with `fitnets` or `auxiliary` what is thrown away afterwards."""
     if config.auxiliary is not None:
         return AuxiliaryVm(model, config.auxiliary)
@@ -325,7 +336,7 @@ def _train_one(job: VmJob, finished: Sequence[str], worker: Worker) -> None:
     columns = list(dict.fromkeys([*collate.columns, "example_id", "label_ts", "teacher_prob"]))
     fitnets = job.config.fitnets
     task = Task(
-        model=_trained_form(model, job.config, data),
+        model=trained_form(model, job.config, data),
         learning=job.config.learning,
         plan=plan,
         blocks=lambda _: keep_known(

@@ -42,6 +42,10 @@ class Counters:
     """Evaluations since the best one."""
     is_stopped: bool = False
     """Whether early stopping ended the run."""
+    chunk: int = 0
+    """Of a stream: the chunk that it is in."""
+    chunk_first_step: int = 0
+    """Of a stream: the steps taken before that chunk."""
     window: BinarySums = field(default_factory=BinarySums)
     """Sums over the rows since the last progress report."""
 

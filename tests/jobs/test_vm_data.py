@@ -12,7 +12,7 @@ from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import ConfigError, SchemaError
 from loopfm_ray.experiments import FitNetsConfig, LearningConfig, VmStageConfig
 from loopfm_ray.history.join import JoinSettings, StoredSide, write_joined
-from loopfm_ray.jobs.train_vm import VmData, VmJob, _trained_form, _worker
+from loopfm_ray.jobs.train_vm import VmData, VmJob, _worker, trained_form
 from loopfm_ray.jobs.training import Worker
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.histories import PoolConfig
@@ -101,7 +101,7 @@ def test_all_inputs_at_once_are_read_and_trained_on(made):
 
     torch.manual_seed(0)
     model = build_vm(EVERYTHING.model, data.schema, data.item_fields, data.latent_dim)
-    trained = _trained_form(model, EVERYTHING, data)
+    trained = trained_form(model, EVERYTHING, data)
     objective = make_objective(trained, kd_weight=1.0, hint_weight=2.0)
     optimizer, losses = torch.optim.Adam(trained.parameters(), lr=0.01), []
     for _ in range(12):
@@ -166,6 +166,6 @@ def test_a_plain_vm_reads_no_history(made):
     assert (data.item_fields, data.latent_dim) == ((), None)
     assert "latent_start" not in data.collator([0]).columns
     plain = build_vm(DnnConfig(), data.schema)
-    assert _trained_form(plain, VmStageConfig(), data) is plain
+    assert trained_form(plain, VmStageConfig(), data) is plain
     hinted = replace(data, needs_teacher_latent=True)
     assert hinted.latent_dim == CODE.dim

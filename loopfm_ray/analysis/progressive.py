@@ -1,0 +1,87 @@
+"""Progressive metrics: each row measured by the prediction that was made before its label was known."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopfm_ray.errors import MetricError
+from loopfm_ray.metrics.binary import BinarySums
+from loopfm_ray.train.evaluate import Predictions, binary_metrics
+
+__all__ = ["EPSILON", "measure_stream", "teacher_logit"]
+
+EPSILON = 1e-7
+_NAMES = ("ne", "auc", "logloss", "calibration")
+
+Rows = Mapping[str, NDArray[Any]]
+Json = dict[str, Any]  # Any: JSON
+
+
+def teacher_logit(prob: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the logits [n] of the FM's probabilities."""
+    clipped = np.clip(prob.astype(np.float64), EPSILON, 1 - EPSILON)
+    logit: NDArray[np.float64] = np.log(clipped / (1 - clipped))
+    return logit
+
+
+def measure_stream(rows: Rows, measure_from_ts: int) -> Json:
+    """Measure the predictions of one stream, and the FM's on the same rows.
+
+    Args:
+        rows: [n] columns chunk, event_ts, user, label, logit and teacher_prob.
+        measure_from_ts: rows from here on are the `test` part, those before the `valid` part.
+
+    Returns:
+        `test` and `valid`: ne, auc, logloss, calibration (mean prediction over mean label) and num_rows of the VM; `fm`: the same of
+        the FM on the `test` rows; `chunks`: for each chunk its start among the rows, num_rows, and sums from which any
+        stretch can be measured (label, prob, teacher: sums; logloss: a mean). `valid` is None where it can not be measured.
+
+    Raises:
+        MetricError: the test part has no rows, or all its labels are equal.
+    """
+    is_test = rows["event_ts"] >= measure_from_ts
+    try:
+        valid = _metrics(rows, rows["logit"], ~is_test)
+    except MetricError:
+        valid = None
+    return {
+        "test": _metrics(rows, rows["logit"], is_test),
+        "valid": valid,
+        "fm": _metrics(rows, teacher_logit(rows["teacher_prob"]), is_test),
+        "chunks": _chunks(rows),
+    }
+
+
+def _metrics(rows: Rows, logit: NDArray[Any], mask: NDArray[np.bool_]) -> Json:
+    if not mask.any():
+        raise MetricError(
+            "a stream has no rows to measure; move stream.measure_from or stream.stop"
+        )
+    found = binary_metrics(Predictions(logit[mask], rows["label"][mask], rows["user"][mask]))
+    return {**{name: found[name] for name in _NAMES}, "num_rows": int(mask.sum())}
+
+
+def _chunks(rows: Rows) -> list[Json]:
+    prob = 1 / (1 + np.exp(-rows["logit"].astype(np.float64)))
+    chunks = []
+    for number in np.unique(rows["chunk"]):
+        mask = rows["chunk"] == number
+        sums = BinarySums.from_logits(rows["label"][mask], rows["logit"][mask])
+        of_fm = BinarySums.from_logits(
+            rows["label"][mask], teacher_logit(rows["teacher_prob"][mask])
+        )
+        chunks.append(
+            {
+                "chunk": int(number),
+                "first_ts": int(rows["event_ts"][mask].min()),
+                "num_rows": int(mask.sum()),
+                "labels": float(rows["label"][mask].sum()),
+                "probs": float(prob[mask].sum()),
+                "teacher_probs": float(rows["teacher_prob"][mask].sum()),
+                "logloss": sums.logloss,
+                "fm_logloss": of_fm.logloss,
+            }
+        )
+    return chunks
