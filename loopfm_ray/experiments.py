@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -18,6 +18,7 @@ from loopfm_ray.analysis.alignment import AlignmentKind
 from loopfm_ray.config import Config
 from loopfm_ray.data.base_config import Moment, to_ts
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
+from loopfm_ray.data.split import Splits
 from loopfm_ray.distill.heads import AuxiliaryConfig
 from loopfm_ray.distill.stream import StreamConfig
 from loopfm_ray.errors import ConfigError
@@ -33,6 +34,7 @@ from loopfm_ray.serving.spec import why_not_servable
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
 from loopfm_ray.train.loop import LoopConfig
 from loopfm_ray.train.optim import OptimConfig
+from loopfm_ray.types import MICROS_PER_S
 
 __all__ = [
     "AuditConfig",
@@ -104,20 +106,40 @@ class LearningConfig(Config):
 class RefreshConfig(Config):
     """Later snapshots of the FM that take over the embedding of events, one after another."""
 
-    at: tuple[Moment, ...] = Field(min_length=1)
-    """When each takes over: it was trained until then and embeds the events from then on. Rising, after `data.split.fm_stop`."""
+    at: tuple[Moment, ...] = ()
+    """When each takes over; it embeds the events from then on. Rising, after `data.split.fm_stop`."""
+    every_s: PositiveInt | None = None
+    """In place of `at`: one takes over every so many seconds after `data.split.fm_stop`, to the end of the test window."""
+    delay_s: NonNegativeInt = 0
+    """How long before it takes over a snapshot has stopped learning."""
+    valid_s: PositiveInt | None = None
+    """The last part of what a snapshot may learn from, kept for validation; null is `data.split.valid_s`. With a warm start the next one
+    learns from it."""
     warm_start: bool = True
-    """Whether each begins with the weights of the one before, and learns from what is new since; else it learns from everything anew."""
+    """Whether each begins with the weights of the one before, and learns from what that one has not; else it learns from everything anew."""
     align: AlignmentKind = "none"
     """How its latents are mapped into the space of the first: not at all, turned (`orthogonal`) or by a `linear` map."""
+    teacher: Literal["first", "newest"] = "first"
+    """Whose predictions the VMs follow. With `newest` each event is scored by the snapshot that embeds it, and by no other."""
 
     @property
     def at_ts(self) -> tuple[int, ...]:
-        """The moments in microseconds UTC."""
+        """The moments of `at` in microseconds UTC."""
         return tuple(to_ts(moment) for moment in self.at)
+
+    def moments(self, splits: Splits) -> tuple[int, ...]:
+        """Return when snapshots take over, in microseconds UTC."""
+        if self.every_s is None:
+            return self.at_ts
+        step = self.every_s * MICROS_PER_S
+        return tuple(range(splits.fm.stop_ts + step, splits.test.stop_ts, step))
 
     @model_validator(mode="after")
     def _rises(self) -> Self:
+        if bool(self.at) == (self.every_s is not None):
+            raise ConfigError(
+                f"fm.refresh takes either at or every_s, found at {list(self.at)} and every_s {self.every_s}; set one"
+            )
         if list(self.at_ts) != sorted(set(self.at_ts)):
             raise ConfigError(f"fm.refresh.at must rise, found {list(self.at)}")
         return self
@@ -138,7 +160,7 @@ class FmStageConfig(Config):
     does not see, its codes are chosen. Of one that is trained along with the FM, an eighth of so many rows of the
     validation window choose the codes."""
     refresh: RefreshConfig | None = None
-    """Later snapshots; null keeps one for all events, so that all latents lie in one space. The teacher stays the first one."""
+    """Later snapshots; null keeps one for all events, so that all latents lie in one space."""
 
     @property
     def is_joint(self) -> bool:

@@ -2,10 +2,23 @@
 
 from collections.abc import Sequence
 
-__all__ = ["EVENT_TYPE", "LABEL", "SIDE_COLUMNS", "TEACHER_CODE", "USER_SOURCE", "source_of"]
+__all__ = [
+    "EVENT_TYPE",
+    "LABEL",
+    "SCORE_TS",
+    "SIDE_COLUMNS",
+    "TEACHER_CODE",
+    "TEACHER_SNAPSHOT",
+    "USER_SOURCE",
+    "source_of",
+]
 
 TEACHER_CODE = "teacher_code"
 """Column of a request's own latent as a code: uint8 [B, bytes]."""
+TEACHER_SNAPSHOT = "teacher_snapshot"
+"""Column that tells which snapshot made a request's teacher prediction: its number among the manifest's `teachers`."""
+SCORE_TS = "score_ts"
+"""Column that tells when the teacher prediction could first be read: `history.delay_s` after the event."""
 LABEL, EVENT_TYPE = "label", "event_type"
 """Side information that a history table may hold beside its events."""
 SIDE_COLUMNS = {LABEL: ("label", "label_ts"), EVENT_TYPE: ("event_type",)}

@@ -25,6 +25,7 @@ from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.tables import read_parquet
+from loopfm_ray.store.teachers import teachers_of
 from loopfm_ray.types import MICROS_PER_S
 
 __all__ = ["AuditReport", "audit"]
@@ -221,12 +222,15 @@ def _rules(versions: _Versions) -> Rules:
         meta["delay_us"],
         own["with_own_latent"],
         tuple(own["side"]),
+        tuple(one.from_ts for one in teachers_of(meta)),
     )
 
 
 def _check_versions(versions: _Versions, snapshot: Location | None) -> Iterator[str]:
     """Check what the versions say of each other."""
     own, meta = versions.manifest.meta, versions.latents.manifest.meta
+    if teachers_of(own) != teachers_of(meta):
+        yield f"the joined version says that {teachers_of(own)} scored its rows, its latents say {teachers_of(meta)}"
     for name in _INHERITED:
         if own[name] != meta[name]:
             yield f"the joined version says {name} {own[name]}, its latents say {meta[name]}"

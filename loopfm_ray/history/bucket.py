@@ -7,13 +7,14 @@ block, not on the log, nor on how its rows are spread over users.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE
+from loopfm_ray.data.joined import SCORE_TS, TEACHER_CODE, TEACHER_SNAPSHOT, USER_SOURCE
 from loopfm_ray.errors import StoreError
 from loopfm_ray.history.blocks import Block
 from loopfm_ray.history.keyed import KeyedAnswers
@@ -22,9 +23,10 @@ from loopfm_ray.history.settings import JoinStats, JoinTask
 from loopfm_ray.history.slices import Histories, SlicePlan, numpy_columns
 from loopfm_ray.history.spill import Answers
 from loopfm_ray.store.cache import VersionFile
-from loopfm_ray.store.manifest import disk_errors
+from loopfm_ray.store.manifest import disk_errors, read_manifest
 from loopfm_ray.store.shards import SORT_KEYS
 from loopfm_ray.store.tables import code_bytes, code_column, write_parquet_pieces
+from loopfm_ray.store.teachers import teacher_number, teachers_of
 
 __all__ = ["join_bucket"]
 
@@ -63,6 +65,9 @@ class _BucketJoin:
         teacher = Answers(pa.schema(fields), task.out_dir, task.settings.block_rows)
         self._teacher = stack.enter_context(closing(teacher))
         self._keyed = [KeyedAnswers(task, key, stack) for key in task.settings.keys]
+        meta = read_manifest(task.latents).meta
+        self._teachers, self._delay_us = teachers_of(meta), int(meta["delay_us"])
+        self._num_late_scores = 0
         self._num_missing = 0
         self._first_missing = (_NONE, 0)
         self._num_written = 0
@@ -88,7 +93,7 @@ class _BucketJoin:
         folder = task.out_dir / "requests" / f"bucket={task.bucket:03d}"
         for period, file in task.examples:
             write_parquet_pieces(self._answered(file), folder / f"period={period:04d}.parquet")
-        return stats
+        return replace(stats, num_late_scores=self._num_late_scores)
 
     def _answered(self, file: Path | VersionFile) -> Iterator[Table]:
         """Yield the requests of one file with their answers; files must be asked for in order."""
@@ -99,6 +104,11 @@ class _BucketJoin:
             self._num_written = span[1]
             teacher, (start, length) = self._teacher.read(*span), self._histories.read(*span)
             columns = {"teacher_prob": pa.array(teacher["prob"], pa.float32())}
+            event_ts, label_ts = numpy_columns(table, "event_ts", "label_ts")
+            number = teacher_number(self._teachers, event_ts)
+            columns[TEACHER_SNAPSHOT] = pa.array(number, pa.int16())
+            columns[SCORE_TS] = pa.array(event_ts + self._delay_us, pa.int64())
+            self._num_late_scores += int(np.count_nonzero(event_ts + self._delay_us > label_ts))
             if "code" in teacher:
                 columns[TEACHER_CODE] = code_column(teacher["code"])
             columns[f"{USER_SOURCE}_start"] = pa.array(start, pa.int64())

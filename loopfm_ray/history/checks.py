@@ -30,6 +30,8 @@ class Rules(NamedTuple):
     delay_us: int
     with_own_latent: bool
     side: tuple[str, ...] = ()
+    scored_from: tuple[int, ...] = ()
+    """The first moment that each snapshot scored, in order."""
 
 
 class Owner(NamedTuple):
@@ -120,6 +122,12 @@ def _check_teacher(request: Row, bucket: Bucket, rules: Rules) -> Iterator[str]:
     yield from _check_stored(request["example_id"], bucket, rules)
     if request["teacher_prob"] != stored.fm_prob:
         yield f"teacher_prob is {request['teacher_prob']}, the snapshot gave {stored.fm_prob}"
+    scored_by = [n for n, from_ts in enumerate(rules.scored_from) if from_ts <= request["event_ts"]]
+    expected = scored_by[-1] if scored_by else 0
+    if request["teacher_snapshot"] != expected:
+        yield f"teacher_snapshot is {request['teacher_snapshot']}, the row's time makes it {expected}"
+    if request["score_ts"] != request["event_ts"] + rules.delay_us:
+        yield f"score_ts is {request['score_ts']}, expected {request['event_ts'] + rules.delay_us}"
     if rules.with_own_latent and request.get("teacher_code") != stored.entry.code:
         yield "teacher_code is not the code of the request's own row in the latents version"
 

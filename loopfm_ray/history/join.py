@@ -9,7 +9,7 @@ keys (`keyed`), each again a task of its own.
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from loopfm_ray.store.filesystem import Location, remove_tree
 from loopfm_ray.store.manifest import Manifest, commit, read_manifest, stage
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.space import Space
+from loopfm_ray.store.teachers import teachers_of
 from loopfm_ray.types import TimeRange
 
 __all__ = [
@@ -218,6 +219,8 @@ def joined_meta(
         "side": settings.side.origins,
         "start_ts": time_range.start_ts,
         "stop_ts": time_range.stop_ts,
+        "teachers": [asdict(one) for one in teachers_of(latents.meta)],
+        "num_late_scores": stats.num_late_scores,
         **_stats_meta(stats),
     }
 

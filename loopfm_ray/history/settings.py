@@ -123,6 +123,8 @@ class JoinStats:
     sum_length: int = 0
     num_history_rows: int = 0
     num_extra_rows: int = 0
+    num_late_scores: int = 0
+    """Requests whose label was known before their teacher prediction could be read."""
     staleness: StalenessSketch = field(default_factory=StalenessSketch)
 
     @property
@@ -144,5 +146,6 @@ def merge_stats(stats: Sequence[JoinStats]) -> JoinStats:
         sum_length=sum(item.sum_length for item in stats),
         num_history_rows=sum(item.num_history_rows for item in stats),
         num_extra_rows=sum(item.num_extra_rows for item in stats),
+        num_late_scores=sum(item.num_late_scores for item in stats),
         staleness=StalenessSketch.merge([item.staleness for item in stats]),
     )

@@ -52,6 +52,7 @@ class Scope:
         is_fresh: whether everything is made again, also what did not change.
         scratch: where shards wait for the upload when the version is to lie on S3.
         is_scratch_shared: whether workers on all machines have `scratch`; else all run on this one.
+        only: the events that are embedded; None is all that are later than the snapshot.
     """
 
     redo: TimeRange | None = None
@@ -59,6 +60,7 @@ class Scope:
     is_fresh: bool = False
     scratch: Path | None = None
     is_scratch_shared: bool = False
+    only: TimeRange | None = None
 
     @property
     def attempt(self) -> str:
@@ -91,11 +93,14 @@ class MaterializeTask:
 
 
 def plan_shards(
-    data: PreparedData, snapshot: Snapshot, keep_us: int | None = None
+    data: PreparedData,
+    snapshot: Snapshot,
+    keep_us: int | None = None,
+    only: TimeRange | None = None,
 ) -> tuple[TimeRange, list[ExampleFile]]:
     """Return the time to embed, everything after the snapshot, and its example files.
 
-    Periods wholly older than `keep_us` before the last event are left out; None keeps all.
+    `only` narrows it. Periods wholly older than `keep_us` before the last event are left out; None keeps all.
 
     Raises:
         ConfigError: the snapshot is newer than all events.
@@ -106,7 +111,10 @@ def plan_shards(
             f"snapshot {snapshot.snapshot_id} was trained until {snapshot.spec.trained_until_ts}, the last event is at"
             f" {max_ts}: there is nothing later to embed; add newer events or set data.split.fm_stop earlier"
         )
-    time_range = TimeRange(snapshot.spec.trained_until_ts + 1, max_ts + 1)
+    start_ts, stop_ts = snapshot.spec.trained_until_ts + 1, max_ts + 1
+    if only is not None:
+        start_ts, stop_ts = max(start_ts, only.start_ts), min(stop_ts, only.stop_ts)
+    time_range = TimeRange(start_ts, stop_ts)
     files = data.examples.files(time_range)
     if keep_us is not None:
         files = [file for file in files if file.period_range.stop_ts > max_ts - keep_us]
@@ -261,7 +269,7 @@ def materialize(
     """
     data = PreparedData.open(prepared)
     snapshot = load_snapshot(snapshot_dir)
-    embedded, files = plan_shards(data, snapshot, scope.keep_us)
+    embedded, files = plan_shards(data, snapshot, scope.keep_us, scope.only)
     if scope.redo:
         _check_redo(scope.redo, files)
     writer = LatentsWriter(

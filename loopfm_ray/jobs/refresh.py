@@ -1,8 +1,9 @@
 """Latents of several FM snapshots in one version: each event is embedded by the newest one that was trained before it.
 
-The first snapshot embeds everything; its version gives the teacher predictions, the codes and the space. From the moment of
-each refresh on, the latents of the newer snapshot take the place of its own, mapped into its space if `fm.refresh.align`
-says so, and stored in its codes. `records/refresh.json` tells how far each space is from the first, on events before the
+The first snapshot gives the codes and the space. From the moment of each refresh on, the latents of the newer snapshot are
+taken, mapped into the first one's space if `fm.refresh.align` says so, and stored in its codes. The teacher predictions are
+those of the first one, which then embeds everything, or of each row those of the snapshot that embeds it, and then each
+example goes through an FM once (`fm.refresh.teacher`). `records/refresh.json` tells how far each space is from the first, on events before the
 refresh that both embedded for the purpose.
 """
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from loopfm_ray.analysis.alignment import ALIGNMENTS, Alignment
 from loopfm_ray.analysis.drift import fit_alignments, measure_drift
 from loopfm_ray.config import config_hash
+from loopfm_ray.data.examples import concat_rows
+from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits, format_ts
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import PipelineConfig, RefreshConfig
@@ -33,10 +36,11 @@ from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.shards import Place
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import code_bytes, write_text
+from loopfm_ray.store.teachers import Teacher
 from loopfm_ray.train.snapshot import load_snapshot
-from loopfm_ray.types import TimeRange
+from loopfm_ray.types import MICROS_PER_S, TimeRange
 
-__all__ = ["SpliceTask", "check_refresh", "refreshed_latents", "splice_bucket"]
+__all__ = ["SpliceTask", "plan_generations", "refreshed_latents", "splice_bucket"]
 
 _PROBE_ROWS = 65_536
 _HELD_OUT = 5
@@ -75,27 +79,42 @@ class SpliceTask:
     writer: LatentsWriter
     bucket: int
     periods: tuple[int, ...]
+    teacher: str = "first"
+    """Whose rows and predictions they are: the first snapshot's, or of each row those of the one that embedded it."""
 
 
-def check_refresh(refresh: RefreshConfig, splits: Splits) -> None:
-    """Make sure that every refresh lies inside the time that is embedded, with room to learn and to validate.
+def plan_generations(refresh: RefreshConfig, splits: Splits) -> list[tuple[int, Splits]]:
+    """Return when each later snapshot takes over, and the windows that it learns from.
+
+    With a warm start a snapshot learns from all that the one before has not learnt from, what that was validated on
+    included.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: one lies outside of the time that is embedded, or has nothing to learn from.
     """
+    moments = refresh.moments(splits)
     first, stop = splits.fm.stop_ts, splits.test.stop_ts
-    if refresh.at_ts[0] <= first or refresh.at_ts[-1] >= stop:
+    if not moments or moments[0] <= first or moments[-1] >= stop:
         raise ConfigError(
             f"fm.refresh.at must lie between data.split.fm_stop ({format_ts(first)}) and the end of the test window"
-            f" ({format_ts(stop)}), found {[format_ts(ts) for ts in refresh.at_ts]}"
+            f" ({format_ts(stop)}), found {[format_ts(ts) for ts in moments]}"
         )
     valid_us = splits.fm_valid.stop_ts - splits.fm_valid.start_ts
-    gaps = np.diff([first, *refresh.at_ts])
-    if refresh.warm_start and gaps.min() <= valid_us:
-        raise ConfigError(
-            f"the refreshes of fm.refresh.at are {gaps.min() / 1e6:.0f} s apart, data.split.valid_s takes"
-            f" {valid_us / 1e6:.0f} s of each: nothing is left to learn from; refresh less often, or set warm_start to false"
-        )
+    if refresh.valid_s is not None:
+        valid_us = refresh.valid_s * MICROS_PER_S
+    planned, learnt_ts = [], splits.fm_train.stop_ts
+    for from_ts in moments:
+        start_ts = learnt_ts if refresh.warm_start else splits.fm.start_ts
+        stop_ts = from_ts - refresh.delay_s * MICROS_PER_S
+        if stop_ts - valid_us <= start_ts:
+            raise ConfigError(
+                f"the refresh at {format_ts(from_ts)} has nothing to learn from: it may learn until {format_ts(stop_ts)}, of which the"
+                f" last {valid_us / 1e6:.0f} s are for validation, and the snapshot before has learnt from what came"
+                f" before {format_ts(start_ts)}; refresh later, or lower fm.refresh.delay_s or valid_s"
+            )
+        planned.append((from_ts, _windows(splits, start_ts, stop_ts, valid_us)))
+        learnt_ts = stop_ts - valid_us
+    return planned
 
 
 def refreshed_latents(context: Context, seed: int) -> Manifest:
@@ -112,32 +131,35 @@ def refreshed_latents(context: Context, seed: int) -> Manifest:
     refresh, splits = config.fm.refresh, splits_of(config)
     if refresh is None:
         raise ConfigError("fm.refresh is null: there are no later snapshots")
-    check_refresh(refresh, splits)
-    paths = config.paths
+    planned, paths = plan_generations(refresh, splits), config.paths
+    is_newest = refresh.teacher == "newest"
+    part = "scored" if is_newest else "latents"
     first = _Generation(
         splits.fm.stop_ts,
         paths.fm(seed),
         paths.snapshot(seed),
-        paths.generation(seed, 0, "latents"),
+        paths.generation(seed, 0, part),
     )
     generations = [first]
-    for number, from_ts in enumerate(refresh.at_ts, 1):
-        places = [paths.generation(seed, number, part) for part in ("fm", "snapshot", "latents")]
+    for number, (from_ts, windows) in enumerate(planned, 1):
+        places = [paths.generation(seed, number, name) for name in ("fm", "snapshot", part)]
         one = _Generation(from_ts, *places)
-        _make(context, seed, one, generations[-1], splits)
+        _make(context, seed, one, generations[-1], windows)
         generations.append(one)
-    for one in generations:
-        _embed(context, seed, one)
+    last = TimeRange(splits.fm.start_ts, PreparedData.open(paths.prepared).log_range[1] + 1)
+    stops = [one.from_ts for one in generations[1:]] + [last.stop_ts]
+    for one, stop_ts in zip(generations, stops, strict=True):
+        # with one teacher a row, each example goes through an FM once
+        _embed(context, seed, one, TimeRange(one.from_ts, stop_ts) if is_newest else None)
     return _splice(context, seed, generations, splits)
 
 
 def _make(
-    context: Context, seed: int, one: _Generation, before: _Generation, splits: Splits
+    context: Context, seed: int, one: _Generation, before: _Generation, windows: Splits
 ) -> None:
     """Train and compress one later snapshot, unless it is there."""
     config, refresh = context.config, context.config.fm.refresh
     is_warm = refresh is not None and refresh.warm_start
-    windows = _windows(splits, before.from_ts if is_warm else splits.fm.start_ts, one.from_ts)
     parent_fm, parent = (before.fm, before.snapshot) if is_warm else (None, None)
     prepared = absolute(config.paths.prepared)
     settings = config_hash(*config.fm.learnt, asdict(windows), config.data.past.max_len, seed)
@@ -182,9 +204,8 @@ def _make(
         context.share(one.snapshot)
 
 
-def _windows(splits: Splits, start_ts: int, stop_ts: int) -> Splits:
-    """Return the windows of an FM that learns from `start_ts` to `stop_ts`."""
-    valid_us = splits.fm_valid.stop_ts - splits.fm_valid.start_ts
+def _windows(splits: Splits, start_ts: int, stop_ts: int, valid_us: int) -> Splits:
+    """Return the windows of an FM that learns from `start_ts` to `stop_ts`, the last `valid_us` for validation."""
     return replace(
         splits,
         fm=TimeRange(start_ts, stop_ts),
@@ -193,7 +214,7 @@ def _windows(splits: Splits, start_ts: int, stop_ts: int) -> Splits:
     )
 
 
-def _embed(context: Context, seed: int, one: _Generation) -> None:
+def _embed(context: Context, seed: int, one: _Generation, only: TimeRange | None) -> None:
     config = context.config
     materialize(
         config.paths.prepared,
@@ -207,6 +228,7 @@ def _embed(context: Context, seed: int, one: _Generation) -> None:
             is_fresh=context.fresh,
             scratch=config.scratch(seed),
             is_scratch_shared=config.scratch_dir is not None,
+            only=only,
         ),
     )
 
@@ -220,10 +242,12 @@ def _splice(
     contents = [read_manifest(one.latents).content for one in generations]
     snapshots = [read_manifest(one.snapshot).meta["snapshot_id"] for one in generations]
     moments = [one.from_ts for one in generations]
-    align = "none" if config.fm.refresh is None else config.fm.refresh.align
+    refresh = config.fm.refresh
+    align, teacher = ("none", "first") if refresh is None else (refresh.align, refresh.teacher)
+    teachers = [_teacher(one) for one in generations]
     writer = LatentsWriter(
         final_dir=absolute(config.paths.latents(seed)),
-        snapshot_id=config_hash(snapshots, moments, align),
+        snapshot_id=config_hash(snapshots, moments, align, teacher),
         trained_until_ts=base.meta["trained_until_ts"],
         spec=space.code_spec,
         delay_us=space.delay_us,
@@ -235,9 +259,10 @@ def _splice(
         scratch=config.scratch(seed),
         period_us=base.meta["period_us"],
         period_origin_ts=base.meta["period_origin_ts"],
+        teachers=tuple(teachers if teacher == "newest" else teachers[:1]),
     )
-    reader = LatentsReader(first.latents)
-    places: list[Place] = sorted(reader.shards)
+    readers = [LatentsReader(one.latents) for one in generations]
+    places: list[Place] = sorted({place for reader in readers for place in reader.shards})
     finished = writer.begin(places)
     if finished is not None:
         return finished
@@ -249,17 +274,24 @@ def _splice(
             writer,
             bucket,
             tuple(period for period, other in places if other == bucket),
+            teacher,
         )
-        for bucket in reader.buckets
+        for bucket in sorted({bucket for _, bucket in places})
     ]
     list(context.mapper("materialize", writes=True)(splice_bucket, tasks))
+    record["num_scored"] = [read_manifest(one.latents).num_rows for one in generations]
     write_text(config.paths.records / f"refresh-{seed}.json", json.dumps(record, indent=1))
-    return writer.finish(
+    manifest = writer.finish(
         places,
         watermark_ts=base.meta["watermark_ts"],
         kept_from_ts=base.meta["kept_from_ts"],
         replace_other=True,
     )
+    if teacher == "newest" and sum(record["num_scored"]) != manifest.num_rows:
+        raise AssertionError(
+            f"{record['num_scored']} rows were scored, the version has {manifest.num_rows}"
+        )
+    return manifest
 
 
 def _maps(
@@ -270,7 +302,8 @@ def _maps(
     newer: list[_Newer] = []
     told: list[Json] = []
     for one in generations[1:]:
-        windows = _windows(splits, splits.fm.start_ts, one.from_ts)
+        valid_us = splits.fm_valid.stop_ts - splits.fm_valid.start_ts
+        windows = _windows(splits, splits.fm.start_ts, one.from_ts, valid_us)
         old, new = (_probe(config, seed, each, windows) for each in (generations[0], one))
         # every fifth event measures the maps: the events of a user say nothing of the map that others do not
         is_held_out = np.arange(len(old)) % _HELD_OUT == 0
@@ -313,6 +346,8 @@ def splice_bucket(task: SpliceTask) -> int:
     Returns:
         how many events a later snapshot embedded.
     """
+    if task.teacher == "newest":
+        return _splice_scored(task)
     base = LatentsReader(task.base)
     others = [LatentsReader(one.latents) for one in task.newer]
     num_replaced = 0
@@ -332,6 +367,32 @@ def splice_bucket(task: SpliceTask) -> int:
             num_replaced += len(mine)
         task.writer.write(period, task.bucket, rows, latents)
     return num_replaced
+
+
+def _splice_scored(task: SpliceTask) -> int:
+    """Write the shards of one bucket of which each snapshot embedded and scored the rows of its own time alone."""
+    parts: list[tuple[LatentsReader, Alignment | None]] = [(LatentsReader(task.base), None)]
+    parts += [(LatentsReader(one.latents), one.align) for one in task.newer]
+    num_later = 0
+    for period in task.periods:
+        if task.writer.completed(period, task.bucket) is not None:
+            continue
+        rows, latents = [], []
+        for reader, align in parts:
+            if (period, task.bucket) not in reader.shards:
+                continue
+            table = reader.read_bucket(task.bucket, columns=[*_COLUMNS, "code"], periods=[period])
+            found = decode(code_bytes(table.column("code")), reader.spec)
+            latents.append(found if align is None else align(found))
+            rows.append({name: table.column(name).to_numpy() for name in _COLUMNS})
+            num_later += 0 if align is None else len(found)
+        task.writer.write(period, task.bucket, concat_rows(rows), np.concatenate(latents))
+    return num_later
+
+
+def _teacher(one: _Generation) -> Teacher:
+    meta = read_manifest(one.snapshot).meta
+    return Teacher(meta["snapshot_id"], meta["trained_until_ts"], one.from_ts)
 
 
 def _latents_of(

@@ -9,7 +9,7 @@ rename, or uploads it and commits it on S3. A shard whose input did not change i
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from loopfm_ray.store.shards import (
     write_shard_table,
 )
 from loopfm_ray.store.space import Space
+from loopfm_ray.store.teachers import Teacher
 from loopfm_ray.store.work import WorkFolder, bring
 
 __all__ = [
@@ -95,7 +96,8 @@ class LatentsWriter:
     are its positives), so an event is not readable before its label is known. `scratch` is where shards wait for the
     upload when `final_dir` is an `s3://` address: a local folder, or one that all workers share. `attempt` names work that
     is to be done though the version is there already; its shards wait apart, so that they mix with no others. `period_us`
-    and `period_origin_ts` say which time a period is; without them periods can not expire later.
+    and `period_origin_ts` say which time a period is; without them periods can not expire later. `teachers` are the snapshots whose
+    predictions the rows hold, in the order of their times, where they are several.
     """
 
     final_dir: Location
@@ -109,6 +111,7 @@ class LatentsWriter:
     attempt: str = ""
     period_us: int | None = None
     period_origin_ts: int = 0
+    teachers: tuple[Teacher, ...] = ()
 
     def __post_init__(self) -> None:
         if is_remote(self.final_dir) and self.scratch is None:
@@ -324,6 +327,7 @@ class LatentsWriter:
             "trained_until_ts": self.trained_until_ts,
             "period_us": self.period_us,
             "period_origin_ts": self.period_origin_ts,
+            **({"teachers": [asdict(one) for one in self.teachers]} if self.teachers else {}),
         }
 
     def _record(self, stats: Sequence[ShardStats]) -> dict[str, Any]:  # Any: JSON

@@ -233,6 +233,25 @@ def teacher_of_another_snapshot(case):
     case.save()
 
 
+@plant("teacher_snapshot is 1, the row's time makes it 0")
+def teacher_that_did_not_score_the_row(case):
+    case.requests[0]["teacher_snapshot"] = 1
+    case.save()
+
+
+@plant("score_ts is")
+def prediction_that_says_it_was_there_too_early(case):
+    case.requests[0]["score_ts"] -= 1
+    case.save()
+
+
+@plant("the joined version says that .* scored its rows, its latents say")
+def teachers_of_another_version(case):
+    meta = read_manifest(case.joined).meta
+    other = [{**one, "snapshot_id": "another"} for one in meta["teachers"]]
+    rewrite(case.joined, meta={**meta, "teachers": other})
+
+
 @plant("the snapshot was trained on this request")
 def teacher_that_was_trained_on_the_row(case):
     until_ts = case.requests[0]["event_ts"]

@@ -8,17 +8,22 @@ from pydantic import ValidationError
 
 import tests.serving.world as worlds
 from loopfm_ray.analysis.alignment import Alignment, fit_alignment
+from loopfm_ray.data.examples import ExampleSet, read_rows
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import make_splits
-from loopfm_ray.errors import ConfigError
+from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import RefreshConfig
-from loopfm_ray.jobs.refresh import SpliceTask, _Newer, check_refresh, splice_bucket
+from loopfm_ray.history.audit import audit
+from loopfm_ray.history.join import JoinSettings, write_joined
+from loopfm_ray.jobs.refresh import SpliceTask, _Newer, plan_generations, splice_bucket
 from loopfm_ray.store.codes import CodeSpec, decode, quantize
+from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.tables import code_bytes
-from loopfm_ray.types import MICROS_PER_DAY, MICROS_PER_S
+from loopfm_ray.store.teachers import Teacher, teachers_of
+from loopfm_ray.types import MICROS_PER_DAY, MICROS_PER_S, TimeRange
 
 HALF = CodeSpec(16, worlds.CODE.dim)
 FIRST, SECOND = (worlds.FM_STOP + days * MICROS_PER_DAY for days in (11, 23))
@@ -123,27 +128,118 @@ def splits():
     )  # fmt: skip
 
 
+DAY = MICROS_PER_DAY
+
+
 @pytest.mark.parametrize(
-    ("days", "warm", "message"),
+    ("config", "expected"),
     [
-        ((40,), True, "must lie between data.split.fm_stop"),
-        ((60, 101), True, "must lie between"),
-        ((44, 60), True, "432000 s of each"),
-        ((60, 64), True, "nothing is left to learn from"),
-        ((44, 60), False, None),
-        ((50, 60, 90), True, None),
+        # split: the FM learns until day 35, is validated until 40; the test window ends after day 100
+        ({"at": (44 * DAY, 60 * DAY)}, [(44, 35, 39), (60, 39, 55)]),
+        ({"at": (44 * DAY, 60 * DAY), "warm_start": False}, [(44, 0, 39), (60, 0, 55)]),
+        ({"at": (60 * DAY,), "delay_s": 3 * 86_400, "valid_s": 86_400}, [(60, 35, 56)]),
+        ({"every_s": 25 * 86_400, "valid_s": 86_400}, [(65, 35, 64), (90, 64, 89)]),
     ],
 )
-def test_a_refresh_lies_in_the_embedded_time_with_something_to_learn(days, warm, message):
-    at = tuple(day * MICROS_PER_DAY for day in days)
-    config = RefreshConfig(at=at, warm_start=warm)
-    if message is None:
-        check_refresh(config, splits())
-        return
+def test_a_snapshot_learns_from_what_the_one_before_has_not(config, expected):
+    planned = plan_generations(RefreshConfig(**config), splits())
+    found = [
+        (from_ts // DAY, windows.fm_train.start_ts // DAY, windows.fm_train.stop_ts // DAY)
+        for from_ts, windows in planned
+    ]
+    assert found == expected
+    delay_us = config.get("delay_s", 0) * MICROS_PER_S
+    for from_ts, windows in planned:
+        assert windows.fm_valid.start_ts == windows.fm_train.stop_ts
+        assert windows.fm_valid.stop_ts == windows.fm.stop_ts == from_ts - delay_us
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"at": (40 * DAY,)}, r"must lie between data\.split\.fm_stop"),
+        ({"at": (60 * DAY, 101 * DAY)}, "must lie between"),
+        ({"every_s": 61 * 86_400}, "must lie between"),
+        ({"at": (44 * DAY,), "delay_s": 4 * 86_400}, "nothing to learn from: it may learn until"),
+        ({"at": (60 * DAY,), "valid_s": 30 * 86_400}, r"2592000 s are for validation"),
+    ],
+)
+def test_a_refresh_lies_in_the_embedded_time_with_something_to_learn(config, message):
     with pytest.raises(ConfigError, match=message):
-        check_refresh(config, splits())
+        plan_generations(RefreshConfig(**config), splits())
 
 
-def test_refreshes_rise():
+def test_refreshes_rise_and_come_from_one_setting():
     with pytest.raises(ValidationError, match=r"fm.refresh.at must rise, found \[5, 3\]"):
         RefreshConfig(at=(5, 3))
+    with pytest.raises(ValidationError, match="either at or every_s"):
+        RefreshConfig(at=(5,), every_s=3)
+    with pytest.raises(ValidationError, match="either at or every_s"):
+        RefreshConfig()
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Three snapshots, each with the rows of its own time alone."""
+    prepare(worlds.write_log(tmp_path), tmp_path / "prepared")
+    prepared = PreparedData.open(tmp_path / "prepared")
+    spans = {"base": (worlds.FM_STOP, FIRST), "one": (FIRST, SECOND), "two": (SECOND, worlds.STOP)}
+    for name, (start_ts, stop_ts) in spans.items():
+        worlds.write_latents(
+            prepared, tmp_path / name, name, stop_ts, start_ts - 1, HALF if name != "base" else worlds.CODE
+        )  # fmt: skip
+    same = Alignment("none", np.eye(worlds.CODE.dim), np.zeros(worlds.CODE.dim))
+    newer = tuple(_Newer(spans[name][0], tmp_path / name, same) for name in ("one", "two"))
+    teachers = tuple(Teacher(name, start - 1, start) for name, (start, _) in spans.items())
+    writer = LatentsWriter(
+        tmp_path / "out", "three", worlds.FM_STOP, worlds.CODE, 3600 * MICROS_PER_S, True, {},
+        teachers=teachers,
+    )  # fmt: skip
+    return SpliceTask(tmp_path / "base", newer, writer, -1, (), "newest")
+
+
+def test_each_example_is_scored_once_by_the_snapshot_of_its_time(scored, tmp_path):
+    folders = [tmp_path / name for name in ("base", "one", "two")]
+    places = sorted({place for folder in folders for place in LatentsReader(folder).shards})
+    scored.writer.begin(places)
+    for bucket in sorted({bucket for _, bucket in places}):
+        periods = tuple(period for period, other in places if other == bucket)
+        splice_bucket(replace(scored, bucket=bucket, periods=periods))
+    manifest = scored.writer.finish(places, watermark_ts=worlds.STOP)
+    found, latents = rows_of(scored.writer.final_dir)
+    prepared = PreparedData.open(tmp_path / "prepared")
+    rows = read_rows(prepared.examples.files())
+    later = rows["example_id"][rows["event_ts"] >= worlds.FM_STOP]
+    assert sorted(found["example_id"].tolist()) == sorted(later.tolist())
+    counts = [read_manifest(folder).num_rows for folder in folders]
+    assert sum(counts) == manifest.num_rows == len(later)
+    assert min(counts) > 100
+    step = np.asarray(worlds.CODE.scale) / 8
+    inside = np.abs(KNOWN[found["example_id"]]) < np.asarray(worlds.CODE.scale) * 0.85
+    gap = np.abs(latents - KNOWN[found["example_id"]])
+    assert (gap <= step / 2 + 2e-3)[inside].all()
+
+    settings = JoinSettings(worlds.MAX_LEN)
+    where = (tmp_path / "prepared", scored.writer.final_dir, tmp_path / "joined")
+    span = TimeRange(worlds.FM_STOP + 1, worlds.STOP)
+    joined = write_joined(*where, span, settings)
+    assert [one["snapshot_id"] for one in joined.meta["teachers"]] == ["base", "one", "two"]
+    requests = read_rows(ExampleSet.open(tmp_path / "joined", "requests").files())
+    times = requests["event_ts"]
+    expected = (times >= FIRST).astype(int) + (times >= SECOND)
+    assert requests["teacher_snapshot"].tolist() == expected.tolist()
+    assert (requests["score_ts"] == times + 3600 * MICROS_PER_S).all()
+    assert joined.meta["num_late_scores"] == (requests["score_ts"] > requests["label_ts"]).sum() > 0
+    report = audit(tmp_path / "joined", scored.writer.final_dir, tmp_path / "prepared", None)
+    report.raise_if_leaking()
+
+
+def test_teachers_that_saw_what_they_scored_are_refused():
+    meta = {"snapshot_id": "a", "trained_until_ts": 9}
+    assert teachers_of(meta) == (Teacher("a", 9, 10),)
+    for wrong in ([("a", 10, 10)], [("a", 1, 10), ("b", 2, 5)], []):
+        told = [dict(zip(("snapshot_id", "trained_until_ts", "from_ts"), one, strict=True)) for one in wrong]  # fmt: skip
+        with pytest.raises(StoreError, match="scored what they had seen, or in no order"):
+            teachers_of({**meta, "teachers": told})
+    with pytest.raises(StoreError, match="does not tell who scored"):
+        teachers_of({**meta, "teachers": [{"snapshot_id": "a"}]})
