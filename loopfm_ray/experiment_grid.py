@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from loopfm_ray.config import Config, merge, validate
 from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig
+from loopfm_ray.distill.stream import StreamConfig
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import (
     AuditConfig,
@@ -79,6 +80,9 @@ class ExperimentConfig(Config):
     pool: str | None = None
     """Folder of versions that several experiments share, so that an FM of the same config and data is trained once; on the file system of
     `run_dir`, and never cleared. null keeps one for this experiment alone."""
+    stream: StreamConfig | None = None
+    """Trains every cell on the stream of every vertical, in place of the VM window, and measures it progressively; a vertical then stands
+    in the summary as a model of its own."""
     audit: AuditConfig = AuditConfig(sample=2_000)
     ray: RayConfig = RayConfig()
 
@@ -127,6 +131,8 @@ class ExperimentConfig(Config):
             name: getattr(self, name).model_dump(mode="json")
             for name in ("data", "fm", "history", "audit", "ray")
         }
+        if self.stream is not None:
+            base["stream"] = self.stream.model_dump(mode="json")
         unknown = sorted(set(changed).difference(base))
         if unknown:
             raise ConfigError(

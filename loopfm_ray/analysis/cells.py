@@ -9,7 +9,15 @@ from loopfm_ray.analysis.significance import paired_test
 from loopfm_ray.errors import MetricError
 from loopfm_ray.metrics.transfer import relative_gain, transfer_ratio_first_launch
 
-__all__ = ["Cell", "Compared", "assemble_cells", "headline", "join_seeds", "read_cells"]
+__all__ = [
+    "Cell",
+    "Compared",
+    "assemble_cells",
+    "headline",
+    "join_seeds",
+    "read_cells",
+    "stream_headline",
+]
 
 # Any below: JSON.
 Record = Mapping[str, Any]
@@ -35,6 +43,8 @@ class Cell:
     arm: str
     records: tuple[Record, ...]
     fm: tuple[Record, ...]
+    has_own_fm: bool = False
+    """Whether the FM was measured on rows of this cell's own, a vertical's."""
 
 
 def assemble_cells(cells: Sequence[Cell], roles: Compared) -> list[dict[str, Any]]:
@@ -65,12 +75,20 @@ def read_cells(summary: Mapping[str, Any]) -> list[Cell]:
                 for seed in tree["seeds"]
             ),
             tuple(
-                {"seed": seed, "test": summary["fm"][tree["variant"]]["per_seed"][str(seed)]}
+                {"seed": seed, "test": _fm_per_seed(tree, summary)[str(seed)]}
                 for seed in tree["seeds"]
             ),
+            "fm_per_seed" in tree,
         )
         for tree in summary["cells"]
     ]
+
+
+def _fm_per_seed(tree: Record, summary: Mapping[str, Any]) -> Record:
+    """Return the FM's test metrics by seed: of the cell's own rows, or where it has all rows those of the variant."""
+    of_cell: Record | None = tree.get("fm_per_seed")
+    of_variant: Record = summary["fm"][tree["variant"]]["per_seed"]
+    return of_variant if of_cell is None else of_cell
 
 
 def join_seeds(parts: Sequence[Sequence[Cell]]) -> list[Cell]:
@@ -102,7 +120,8 @@ def join_seeds(parts: Sequence[Sequence[Cell]]) -> list[Cell]:
             raise MetricError(
                 f"cell {'/'.join(place)} has seeds {seeds}; expected each in one summary alone"
             )
-        joined.append(Cell(*place, tuple(r for r, _ in pairs), tuple(fm for _, fm in pairs)))
+        records, fms = (tuple(side) for side in zip(*pairs, strict=True))
+        joined.append(Cell(*place, records, fms, cells[0].has_own_fm))
     return joined
 
 
@@ -131,6 +150,53 @@ def headline(
     }
 
 
+def stream_headline(
+    trees: Sequence[Mapping[str, Any]], variant: str, roles: Compared
+) -> dict[str, Any]:
+    """Return the figures of progressive metrics that stand at the top of a stream's summary.
+
+    `ne_gain_by_method`: by arm, the mean over verticals and seeds of `1 - NE / NE of the baseline arm`;
+    `ne_gain_<best>_over_kd`: the same of the best arm over the KD arm, and `max_p_ne_<best>_over_kd` the largest p of a vertical;
+    `calibration_by_method`: by arm and vertical, the mean prediction over the mean label (mean over seeds), `fm` being the FM's
+    own.
+    """
+    mine = [tree for tree in trees if tree["variant"] == variant]
+    by_place = {(tree["model"], tree["arm"]): tree for tree in mine}
+    models = list(dict.fromkeys(tree["model"] for tree in mine))
+    arms = list(dict.fromkeys(tree["arm"] for tree in mine))
+
+    def gain(arm: str, over: str) -> float:
+        gains = [
+            relative_gain(
+                by_place[model, over]["per_seed"][seed]["ne"], test["ne"], is_lower_better=True
+            )
+            for model in models
+            for seed, test in by_place[model, arm]["per_seed"].items()
+        ]
+        return statistics.fmean(gains)
+
+    best, kd = roles.best, roles.kd
+    versus = [by_place[model, best].get(f"vs_{kd}") for model in models]
+    ps = [item["ne"]["p"] for item in versus if item is not None]
+    calibration: dict[str, dict[str, float]] = {
+        arm: {model: by_place[model, arm]["mean"]["calibration"] for model in models}
+        for arm in arms
+    }
+    first = [by_place[model, arms[0]] for model in models]
+    calibration["fm"] = {
+        tree["model"]: statistics.fmean(
+            test["calibration"] for test in tree["fm_per_seed"].values()
+        )
+        for tree in first
+    }
+    return {
+        f"ne_gain_{best}_over_kd": gain(best, kd),
+        f"max_p_ne_{best}_over_kd": max(ps) if ps and None not in ps else None,
+        "ne_gain_by_method": {arm: gain(arm, roles.baseline) for arm in arms},
+        "calibration_by_method": calibration,
+    }
+
+
 def _tree(
     cell: Cell, by_place: Mapping[tuple[str, str, str], Cell], roles: Compared
 ) -> dict[str, Any]:
@@ -149,7 +215,7 @@ def _tree(
         "per_seed": {str(seed): dict(test) for seed, test in zip(seeds, tests, strict=True)},
         "mean": _means(tests),
         "sd": _spreads(tests),
-        "valid": _means([record["valid"] for record in cell.records]),
+        "valid": _means([record["valid"] or {} for record in cell.records]),
         "slices": _slices(cell.records),
         "num_parameters": cell.records[0]["num_parameters"],
         "train_rows_per_s": statistics.fmean(r["train_rows_per_s"] for r in cell.records),
@@ -158,6 +224,8 @@ def _tree(
         else statistics.fmean(r for r in ratios if r is not None),
         "transfer_ratio_per_seed": dict(zip(map(str, seeds), ratios, strict=True)),
     }
+    if cell.has_own_fm:
+        tree["fm_per_seed"] = {str(fm["seed"]): dict(fm["test"]) for fm in cell.fm}
     for arm in (roles.baseline, roles.kd):
         other = by_place.get((cell.variant, cell.model, arm))
         if other is not None and arm != cell.arm:

@@ -45,7 +45,8 @@ __all__ = [
 
 RESERVED_NAMES = frozenset(
     {"user", "item", "example_id", "bucket", "event_ts", "label_ts", "available_ts", "is_event"}
-    | {"raw_start", "raw_len", "latent_start", "latent_len", "teacher_prob", "label"}
+    | {"raw_start", "raw_len", "latent_start", "latent_len", "label"}
+    | {"teacher_prob", "teacher_code", "teacher_snapshot", "score_ts"}
 )
 """Names of columns that prepared data has in any case; a field can not take one."""
 

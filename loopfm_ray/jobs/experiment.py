@@ -20,6 +20,7 @@ from loopfm_ray.analysis.cells import (
     headline,
     join_seeds,
     read_cells,
+    stream_headline,
 )
 from loopfm_ray.config import config_hash, dump_yaml, validate
 from loopfm_ray.errors import ConfigError, StoreError
@@ -30,6 +31,7 @@ from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.evaluate import read_record
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.stages import STAGES, evaluation_path
+from loopfm_ray.jobs.streaming import run_stream_stage, stream_cells, stream_fm
 from loopfm_ray.report.grid import build_grid_report
 from loopfm_ray.store.filesystem import remove_tree
 from loopfm_ray.store.manifest import code_version, read_manifest
@@ -39,16 +41,8 @@ from loopfm_ray.store.tables import write_text
 __all__ = ["run_experiment"]
 
 _LOGGER = logging.getLogger(__name__)
-_STAGES = (
-    "prepare",
-    "train-fm",
-    "compress",
-    "materialize",
-    "join",
-    "audit",
-    "train-vm",
-    "evaluate",
-)
+_SHARED = ("prepare", "train-fm", "compress", "materialize", "join", "audit")
+_BATCH = ("train-vm", "evaluate")
 _DONE = "done.json"
 _HOW_IT_RUNS = {"name", "run_dir", "seeds", "any_code", "keep_data", "pool", "audit", "ray"}
 
@@ -107,6 +101,7 @@ def summarise(config: ExperimentConfig, others: Sequence[Mapping[str, Any]] = ()
     summary = {
         "name": config.name,
         **headline(cells, finished[0], roles),
+        **(stream_headline(cells, finished[0], roles) if config.stream is not None else {}),
         "headline_variant": finished[0],
         "roles": asdict(roles),
         "seeds": cells[0]["seeds"],
@@ -168,9 +163,10 @@ def _run_variant(config: ExperimentConfig, variant: str, progress: Progress) -> 
     write_text(pipeline.paths.config, dump_yaml(pipeline))
     context = Context(pipeline, progress, pool=Pool(config.pool_dir), any_code=config.any_code)
     seconds = {}
-    for name in _STAGES:
+    stages = {**STAGES, "stream": run_stream_stage}
+    for name in (*_SHARED, *(_BATCH if config.stream is None else ("stream",))):
         started = time.perf_counter()
-        STAGES[name](context)
+        stages[name](context)
         seconds[name] = time.perf_counter() - started
     channel = read_manifest(pipeline.paths.snapshot(config.seeds[0])).meta["record"]["channel"]
     done = {
@@ -214,6 +210,8 @@ def _is_done(config: ExperimentConfig, variant: str) -> bool:
 
 def _cells(config: ExperimentConfig, variant: str) -> list[Cell]:
     pipeline = config.pipeline(variant)
+    if config.stream is not None:
+        return stream_cells(pipeline, variant, list(config.models), list(config.arms))
     fm = tuple(_records(pipeline, config.seeds, MODEL_FM))
     return [
         Cell(
@@ -240,6 +238,8 @@ def _records(pipeline: PipelineConfig, seeds: Sequence[int], name: str) -> list[
 
 
 def _fm_records(config: ExperimentConfig, variant: str) -> dict[str, Any]:
+    if config.stream is not None:
+        return stream_fm(config.pipeline(variant))
     records = _records(config.pipeline(variant), config.seeds, MODEL_FM)
     return {
         "num_parameters": records[0]["num_parameters"],

@@ -5,7 +5,8 @@ at that row and ends in the same bits.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from loopfm_ray.analysis.cells import Cell
 from loopfm_ray.analysis.progressive import measure_stream
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.collate import Collator
@@ -25,6 +27,7 @@ from loopfm_ray.data.vertical import RowFilter
 from loopfm_ray.distill.heads import AuxiliaryVm
 from loopfm_ray.distill.stream import LabelBuffer, StreamTask, StreamWindow, run_stream
 from loopfm_ray.errors import ConfigError, LoopFMError
+from loopfm_ray.experiment_grid import cell_name
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
 from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.train_vm import VmData, trained_form
@@ -34,14 +37,14 @@ from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.registry import build_vm
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location, absolute, remove_tree
-from loopfm_ray.store.manifest import code_version
+from loopfm_ray.store.manifest import code_version, read_manifest
 from loopfm_ray.store.tables import read_parquet, write_parquet
 from loopfm_ray.train.loop import Hooks, LoopConfig
 from loopfm_ray.train.optim import build_adapter_optimizer, build_optimizer
 from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.state import TrainState, load_state, save_state
 from loopfm_ray.train.step import make_adapter_step, make_objective
-from loopfm_ray.train.trained import TrainedVm, save_trained_vm
+from loopfm_ray.train.trained import TrainedVm, load_trained_vm, save_trained_vm
 from loopfm_ray.types import TimeRange
 
 __all__ = ["StreamJob", "predictions_file", "run_stream_stage", "stream_jobs", "stream_one"]
@@ -143,6 +146,7 @@ def stream_one(job: StreamJob) -> Json:
 
 def _stream_one(job: StreamJob) -> Json:
     set_up_process()
+    started = time.perf_counter()
     stream = _Stream(job)
     torch.manual_seed(job.seed)
     data = stream.data
@@ -196,7 +200,11 @@ def _stream_one(job: StreamJob) -> Json:
             data.item_fields,
             data.latent_dim,
             PlattScaling(1.0, 0.0),  # a stream serves what it predicts
-            {"stream": record, "num_steps": state.counters.step},
+            {
+                "stream": record,
+                "num_steps": state.counters.step,
+                "rows_per_s": state.counters.num_rows / max(time.perf_counter() - started, 1e-9),
+            },
         ),
         config_hash=job.config_hash,
         inputs=job.inputs,
@@ -335,6 +343,59 @@ def run_stream_stage(context: Context) -> Json:
     return result
 
 
+def stream_cells(
+    config: PipelineConfig, variant: str, models: Sequence[str], arms: Sequence[str]
+) -> list[Cell]:
+    """Return the cells of an experiment's variant: every vertical in every arm, under the name of the vertical.
+
+    Several models are told apart as `vertical-model`.
+    """
+    by_place = {(job.vertical, job.name, job.seed): job for job in stream_jobs(config)}
+    verticals = list(config.stream.verticals) if config.stream is not None else []
+    cells = []
+    for vertical in verticals:
+        for model in models:
+            for arm in arms:
+                jobs = [by_place[vertical, cell_name(model, arm), seed] for seed in config.seeds]
+                records = [_cell_record(job) for job in jobs]
+                shown = vertical if len(models) == 1 else f"{vertical}-{model}"
+                fm = tuple({"seed": one["seed"], "test": one["fm"]} for one in records)
+                cells.append(Cell(variant, shown, arm, tuple(records), fm, has_own_fm=True))
+    return cells
+
+
+def _cell_record(job: StreamJob) -> Json:
+    manifest = read_manifest(job.out_dir)
+    record = load_trained_vm(job.out_dir).record
+    return {
+        **{name: record["stream"][name] for name in ("test", "valid", "fm")},
+        "seed": job.seed,
+        "num_parameters": manifest.meta["num_parameters"],
+        "train_rows_per_s": record["rows_per_s"],
+    }
+
+
+def stream_fm(config: PipelineConfig) -> Json:
+    """Return the FM's progressive test metrics by seed, on the rows of all verticals, each row once."""
+    jobs = stream_jobs(config)
+    first = jobs[0].name
+    per_seed = {}
+    for seed in config.seeds:
+        parts = [_rows(job) for job in jobs if job.seed == seed and job.name == first]
+        rows = concat_rows(parts)
+        _, once = np.unique(rows["example_id"], return_index=True)
+        rows = {name: values[once] for name, values in rows.items()}
+        per_seed[str(seed)] = measure_stream(rows, jobs[0].window.measure_from_ts)["fm"]
+    manifest = read_manifest(config.paths.snapshot(config.seeds[0]))
+    record = manifest.meta["record"]
+    return {
+        "num_parameters": record["num_parameters"],
+        "per_seed": per_seed,
+        "train_rows_per_s": record["rows_per_s"],
+        "train_s": record["train_s"],
+    }
+
+
 def _record(context: Context, job: StreamJob) -> Json | None:
     """Return the metrics of a stream that is finished, else None."""
     if not job.predictions.is_file():
@@ -345,6 +406,9 @@ def _record(context: Context, job: StreamJob) -> Json | None:
 
 
 def _read(job: StreamJob) -> Json:
+    return measure_stream(_rows(job), job.window.measure_from_ts)
+
+
+def _rows(job: StreamJob) -> Rows:
     table = read_parquet(job.predictions)
-    rows = {name: table.column(name).to_numpy() for name in table.column_names}
-    return measure_stream(rows, job.window.measure_from_ts)
+    return {name: table.column(name).to_numpy() for name in table.column_names}

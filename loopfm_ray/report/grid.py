@@ -13,6 +13,7 @@ from typing import Any
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import words
 from loopfm_ray.report.page import plotly_base64, render_template, yaml_text
+from loopfm_ray.report.stream import figure, stream_figures, stream_tables
 from loopfm_ray.store.tables import write_text
 
 __all__ = ["build_grid_report", "render_grid", "render_markdown"]
@@ -72,7 +73,11 @@ def render_grid(summary: Mapping[str, Any]) -> str:
         DataError: the summary lacks a key.
     """
     _check(summary)
-    figures = [_auc_figure(summary), *_variant_figures(summary)]
+    figures = [
+        *stream_figures(summary, _colours(summary), pretty_arm),
+        _auc_figure(summary),
+        *_variant_figures(summary),
+    ]
     return render_template(
         "grid.html.j2",
         summary=summary,
@@ -97,7 +102,7 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         DataError: the summary lacks a key.
     """
     _check(summary)
-    parts = [f"**{headline(summary)}**", ""]
+    parts = [f"**{headline(summary)}**", "", *stream_tables(summary, pretty_arm)]
     for name in _variants(summary):
         head = ("model", "arm", *(column for column in _COLUMNS))
         parts += [f"Variant `{name}`, mean of {len(summary['seeds'])} seeds (± sd):", ""]
@@ -120,7 +125,14 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """Return what the experiment found, in one sentence."""
-    best, kd = (pretty_arm(summary["roles"][name]) for name in ("best", "kd"))
+    roles = summary["roles"]
+    best, kd = (pretty_arm(roles[name]) for name in ("best", "kd"))
+    by_ne = summary.get(f"ne_gain_{roles['best']}_over_kd")
+    if by_ne is not None:
+        verticals = len({cell["model"] for cell in summary["cells"]})
+        largest = words.format_small(summary.get(f"max_p_ne_{roles['best']}_over_kd"))
+        gained = words.format_share(by_ne, 2, signed=True)
+        return f"{best} over {kd}: {gained} progressive NE, mean of {verticals} verticals, largest p {largest}"
     gain = summary.get("relative_auc_gain_over_kd")
     if gain is None:
         return f"{best} and {kd} are compared"
@@ -206,6 +218,10 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     tiles.append((words.format_share(ratio), f"transfer ratio of {best}"))
     tiles.append((f"{words.format_number(over_kd, 1)} ×", f"that of {kd}"))
     tiles.append((words.format_small(summary.get("max_p_over_kd")), "largest p of a VM, paired"))
+    by_ne = summary.get(f"ne_gain_{summary['roles']['best']}_over_kd")
+    if by_ne is not None:
+        shown = words.format_share(by_ne, 2, signed=True)
+        tiles.insert(0, (shown, f"progressive NE of {best} over {kd}, relative"))
     return tiles
 
 
@@ -250,7 +266,7 @@ def _auc_figure(summary: Mapping[str, Any]) -> Json:
     pad = 0.1 * (high - low) or 0.01
     layout = {"barmode": "group", "yaxis": {"range": [low - pad, high + pad]}, "bargap": 0.2}
     caption = "Mean test AUC over seeds, ± one standard deviation. The axis does not begin at 0."
-    return _figure("auc", "AUC by VM and arm", caption, data, layout)
+    return figure("auc", "AUC by VM and arm", caption, data, layout)
 
 
 def _variant_figures(summary: Mapping[str, Any]) -> list[Json]:
@@ -268,7 +284,7 @@ def _variant_figures(summary: Mapping[str, Any]) -> list[Json]:
         title = f"AUC by variant, {model}"
         caption = "Mean test AUC over seeds, ± one standard deviation, in the order of the file."
         layout: Json = {"xaxis": {"type": "category"}}
-        figures.append(_figure(f"variants-{number}", title, caption, data, layout))
+        figures.append(figure(f"variants-{number}", title, caption, data, layout))
     return figures
 
 
@@ -283,15 +299,6 @@ def _variant_trace(cells: Sequence[Json], arm: str, colour: str) -> Json:
         "line": {"color": colour, "width": 1.5},
         "marker": {"color": colour, "size": 7},
         "hovertemplate": "%{x}: %{y:.4f}",
-    }
-
-
-def _figure(name: str, title: str, caption: str, data: list[Json], layout: Json) -> Json:
-    return {
-        "id": name,
-        "title": title,
-        "caption": caption,
-        "spec": {"data": data, "layout": layout},
     }
 
 

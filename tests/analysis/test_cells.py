@@ -7,6 +7,7 @@ from loopfm_ray.analysis.cells import (
     headline,
     join_seeds,
     read_cells,
+    stream_headline,
 )
 from loopfm_ray.errors import MetricError
 
@@ -108,3 +109,53 @@ def test_a_seed_in_two_summaries_is_refused():
 def test_summaries_of_other_cells_are_refused():
     with pytest.raises(MetricError, match="main/deep/best is in 1 of 2"):
         join_seeds([seed_part(0), seed_part(1)[:2]])
+
+
+CALIBRATION = {"fm": 1.2, "none": 1.0, "kd": 1.1, "best": 1.05}
+
+
+def stream_trees():
+    """Two verticals; the second one is worse by 0.1 NE everywhere."""
+
+    def moved(name, shift):
+        return tuple(
+            {
+                **record,
+                "test": {
+                    **record["test"],
+                    "ne": record["test"]["ne"] + shift,
+                    "calibration": CALIBRATION[name] + shift,
+                },
+            }
+            for record in records(name)
+        )
+
+    cells = [
+        Cell("main", vertical, arm, moved(arm, shift), moved("fm", shift), has_own_fm=True)
+        for vertical, shift in (("a", 0.0), ("b", 0.1))
+        for arm in ("none", "kd", "best")
+    ]
+    return assemble_cells(cells, ROLES), cells
+
+
+def test_a_stream_is_summed_up_by_method_and_vertical():
+    trees, _ = stream_trees()
+    found = stream_headline(trees, "main", ROLES)
+    of_kd = [0.02 / 0.90, 0.01 / 0.92, 0.02 / 1.00, 0.01 / 1.02]
+    assert found["ne_gain_by_method"]["kd"] == pytest.approx(sum(of_kd) / 4)
+    assert found["ne_gain_by_method"]["none"] == 0
+    over_kd = [0.08 / 0.88, 0.10 / 0.91, 0.08 / 0.98, 0.10 / 1.01]
+    assert found["ne_gain_best_over_kd"] == pytest.approx(sum(over_kd) / 4)
+    assert 0 < found["max_p_ne_best_over_kd"] < 1
+    assert found["calibration_by_method"]["best"] == pytest.approx({"a": 1.05, "b": 1.15})
+    assert found["calibration_by_method"]["fm"] == pytest.approx({"a": 1.2, "b": 1.3})
+    # the transfer ratio of a vertical is of the FM on its own rows
+    assert trees[-1]["transfer_ratio_per_seed"]["0"] == pytest.approx(0.10 / 0.20)
+    assert trees[-1]["fm_per_seed"]["0"]["ne"] == pytest.approx(0.80)
+
+
+def test_a_summary_of_a_stream_read_back_gives_itself():
+    trees, cells = stream_trees()
+    summary = {"cells": trees, "fm": {"main": {"per_seed": {"0": {"ne": 9.0}, "1": {"ne": 9.0}}}}}
+    assert assemble_cells(read_cells(summary), ROLES) == trees
+    assert assemble_cells(join_seeds([cells]), ROLES) == trees

@@ -110,3 +110,34 @@ def test_charts_are_drawn_without_console_messages(chromium, tmp_path):
     for figure in ("auc", "variants-0", "variants-1"):
         part = dom.split(f'id="plot-{figure}"')[1].split("</figure>")[0]
         assert part.count('class="point') >= 8
+
+
+def stream_summary():
+    summary = grid_summary()
+    arms = {"none": 0.0, "kd": 0.004, "kd_loopfm": 0.05, "own|arm": 0.01}
+    return {
+        **summary,
+        "ne_gain_kd_loopfm_over_kd": 0.0461,
+        "max_p_ne_kd_loopfm_over_kd": 0.0004,
+        "ne_gain_by_method": arms,
+        "calibration_by_method": {arm: {"deepfm": 1.01, "din": 0.98} for arm in (*arms, "fm")},
+    }
+
+
+def test_a_stream_shows_its_gains_and_its_calibration():
+    summary = stream_summary()
+    assert headline(summary) == (
+        "VM + KD + LoopFM over VM + KD: +4.61 % progressive NE, mean of 2 verticals, largest p 4.0 × 10⁻⁴"
+    )
+    page = render_grid(summary)
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
+    assert set(figures) == {"auc", "variants-0", "variants-1", "ne-gain", "calibration", "ne-variants"}  # fmt: skip
+    assert figures["ne-gain"]["data"][0]["y"] == pytest.approx([0.4, 5.0, 1.0])
+    assert [trace["name"] for trace in figures["calibration"]["data"]][-1] == "FM"
+    assert "+4.61 %" in page
+    text = render_markdown(summary)
+    assert "| VM + KD + LoopFM | +5.00 % | 1.010 | 0.980 |" in text
+    assert "| FM |  | 1.010 | 0.980 |" in text
+    tables = [part.splitlines() for part in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+    for lines in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1

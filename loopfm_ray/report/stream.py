@@ -1,0 +1,127 @@
+"""What the page of an experiment on a stream has more: gains of progressive NE, calibration by vertical, NE by variant."""
+
+import html
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loopfm_ray.report import words
+
+__all__ = ["figure", "stream_figures", "stream_tables"]
+
+Json = dict[str, Any]  # Any: JSON of the summary
+Shown = Callable[[str], str]
+"""From the name of an arm to what is shown."""
+
+
+def figure(name: str, title: str, caption: str, data: list[Json], layout: Json) -> Json:
+    """Return a figure of the page of an experiment."""
+    return {
+        "id": name,
+        "title": title,
+        "caption": caption,
+        "spec": {"data": data, "layout": layout},
+    }
+
+
+def stream_figures(
+    summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown
+) -> list[Json]:
+    """Return the figures of a summary with `ne_gain_by_method`; none for one that was not measured on a stream."""
+    if "ne_gain_by_method" not in summary:
+        return []
+    return [
+        _gains(summary, colours, shown),
+        _calibration(summary, colours, shown),
+        *_ne_by_variant(summary, colours, shown),
+    ]
+
+
+def stream_tables(summary: Mapping[str, Any], shown: Shown) -> list[str]:
+    """Return the lines of the same in Markdown."""
+    if "ne_gain_by_method" not in summary:
+        return []
+    calibration = summary["calibration_by_method"]
+    verticals = list(next(iter(calibration.values())))
+    head = ("method", "NE gain over none", *(f"calibration of {name}" for name in verticals))
+    rows = [head, ("---", *("---:" for _ in head[1:]))]
+    for arm, of_vertical in calibration.items():
+        gain = summary["ne_gain_by_method"].get(arm)
+        text = "" if gain is None else words.format_share(gain, 2, signed=True)
+        values = (words.format_number(of_vertical[name], 3) for name in verticals)
+        rows.append(("FM" if arm == "fm" else shown(arm), text, *values))
+    safe = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [*(f"| {' | '.join(row)} |" for row in safe), ""]
+
+
+def _gains(summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown) -> Json:
+    base = summary["roles"]["baseline"]
+    gains = {arm: value for arm, value in summary["ne_gain_by_method"].items() if arm != base}
+    data = [
+        {
+            "type": "bar",
+            "x": [html.escape(shown(arm)) for arm in gains],
+            "y": [100 * value for value in gains.values()],
+            "marker": {"color": [colours[arm] for arm in gains]},
+            "hovertemplate": "%{x}: %{y:.2f} %",
+        }
+    ]
+    caption = f"Mean over verticals and seeds of the progressive NE's gain over {html.escape(shown(base))}, in percent."
+    return figure("ne-gain", "NE gain by method", caption, data, {"showlegend": False})
+
+
+def _calibration(summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown) -> Json:
+    data = []
+    for arm, of_vertical in summary["calibration_by_method"].items():
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "FM" if arm == "fm" else html.escape(shown(arm)),
+                "x": [html.escape(name) for name in of_vertical],
+                "y": list(of_vertical.values()),
+                "marker": {
+                    "color": "--model-fm" if arm == "fm" else colours[arm],
+                    "size": 10,
+                    "symbol": "diamond" if arm == "fm" else "circle",
+                },
+                "hovertemplate": "%{x}: %{y:.4f}",
+            }
+        )
+    layout = {"xaxis": {"type": "category"}}
+    caption = "Mean prediction over mean label of each vertical, progressive, mean over seeds; 1 is right. Nothing is calibrated afterwards."
+    return figure("calibration", "Calibration by vertical and method", caption, data, layout)
+
+
+def _ne_by_variant(
+    summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown
+) -> list[Json]:
+    """Return the mean NE over verticals of every arm over the variants; none with a single variant."""
+    cells: Sequence[Json] = summary["cells"]
+    variants = list(dict.fromkeys(cell["variant"] for cell in cells))
+    if len(variants) < 2:
+        return []
+    data = []
+    for arm in dict.fromkeys(cell["arm"] for cell in cells):
+        means = [
+            statistics.fmean(
+                cell["mean"]["ne"]
+                for cell in cells
+                if cell["arm"] == arm and cell["variant"] == variant
+            )
+            for variant in variants
+        ]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": html.escape(shown(arm)),
+                "x": [html.escape(variant) for variant in variants],
+                "y": means,
+                "line": {"color": colours[arm], "width": 1.5},
+                "marker": {"color": colours[arm], "size": 7},
+                "hovertemplate": "%{x}: %{y:.4f}",
+            }
+        )
+    caption = "Mean progressive NE over verticals and seeds; lower is better."
+    return [figure("ne-variants", "NE by variant", caption, data, {"xaxis": {"type": "category"}})]
