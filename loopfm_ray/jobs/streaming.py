@@ -25,7 +25,13 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.data.vertical import RowFilter
 from loopfm_ray.distill.heads import AuxiliaryVm
-from loopfm_ray.distill.stream import LabelBuffer, StreamTask, StreamWindow, run_stream
+from loopfm_ray.distill.stream import (
+    LabelBuffer,
+    StreamConfig,
+    StreamTask,
+    StreamWindow,
+    run_stream,
+)
 from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiment_grid import cell_name
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
@@ -268,9 +274,7 @@ def stream_jobs(config: PipelineConfig) -> list[StreamJob]:
     Raises:
         ConfigError: the run has no stream, or names a VM or a vertical that is not there.
     """
-    stream = config.stream
-    if stream is None:
-        raise ConfigError("the config has no stream; add one, `stream: {}` takes the defaults")
+    stream = _stream(config)
     data, splits = PreparedData.open(config.paths.prepared), splits_of(config)
     for where in stream.verticals.values():
         RowFilter(data, where)  # what is not in the log is told before anything runs
@@ -309,6 +313,12 @@ def stream_jobs(config: PipelineConfig) -> list[StreamJob]:
                     )
                 )
     return jobs
+
+
+def _stream(config: PipelineConfig) -> StreamConfig:
+    if config.stream is None:
+        raise ConfigError("the config has no stream; add one, `stream: {}` takes the defaults")
+    return config.stream
 
 
 def _work(config: PipelineConfig, settings: str, inputs: Mapping[str, str]) -> Path:
@@ -350,26 +360,24 @@ def stream_cells(
 
     Several models are told apart as `vertical-model`.
     """
-    by_place = {(job.vertical, job.name, job.seed): job for job in stream_jobs(config)}
-    verticals = list(config.stream.verticals) if config.stream is not None else []
     cells = []
-    for vertical in verticals:
+    for vertical in _stream(config).verticals:
         for model in models:
             for arm in arms:
-                jobs = [by_place[vertical, cell_name(model, arm), seed] for seed in config.seeds]
-                records = [_cell_record(job) for job in jobs]
+                name = cell_name(model, arm)
+                records = [_cell_record(config, seed, vertical, name) for seed in config.seeds]
                 shown = vertical if len(models) == 1 else f"{vertical}-{model}"
                 fm = tuple({"seed": one["seed"], "test": one["fm"]} for one in records)
                 cells.append(Cell(variant, shown, arm, tuple(records), fm, has_own_fm=True))
     return cells
 
 
-def _cell_record(job: StreamJob) -> Json:
-    manifest = read_manifest(job.out_dir)
-    record = load_trained_vm(job.out_dir).record
+def _cell_record(config: PipelineConfig, seed: int, vertical: str, name: str) -> Json:
+    location = config.paths.stream(seed, vertical, name)
+    manifest, record = read_manifest(location), load_trained_vm(location).record
     return {
-        **{name: record["stream"][name] for name in ("test", "valid", "fm")},
-        "seed": job.seed,
+        **{part: record["stream"][part] for part in ("test", "valid", "fm")},
+        "seed": seed,
         "num_parameters": manifest.meta["num_parameters"],
         "train_rows_per_s": record["rows_per_s"],
     }
@@ -377,15 +385,16 @@ def _cell_record(job: StreamJob) -> Json:
 
 def stream_fm(config: PipelineConfig) -> Json:
     """Return the FM's progressive test metrics by seed, on the rows of all verticals, each row once."""
-    jobs = stream_jobs(config)
-    first = jobs[0].name
+    stream = _stream(config)
+    from_ts = stream.window(splits_of(config)).measure_from_ts
+    name = next(iter(stream.vms or config.vms))
     per_seed = {}
     for seed in config.seeds:
-        parts = [_rows(job) for job in jobs if job.seed == seed and job.name == first]
-        rows = concat_rows(parts)
+        files = [predictions_file(config, seed, vertical, name) for vertical in stream.verticals]
+        rows = concat_rows([_rows(path) for path in files])
         _, once = np.unique(rows["example_id"], return_index=True)
         rows = {name: values[once] for name, values in rows.items()}
-        per_seed[str(seed)] = measure_stream(rows, jobs[0].window.measure_from_ts)["fm"]
+        per_seed[str(seed)] = measure_stream(rows, from_ts)["fm"]
     manifest = read_manifest(config.paths.snapshot(config.seeds[0]))
     record = manifest.meta["record"]
     return {
@@ -406,9 +415,9 @@ def _record(context: Context, job: StreamJob) -> Json | None:
 
 
 def _read(job: StreamJob) -> Json:
-    return measure_stream(_rows(job), job.window.measure_from_ts)
+    return measure_stream(_rows(job.predictions), job.window.measure_from_ts)
 
 
-def _rows(job: StreamJob) -> Rows:
-    table = read_parquet(job.predictions)
+def _rows(path: Path) -> Rows:
+    table = read_parquet(path)
     return {name: table.column(name).to_numpy() for name in table.column_names}

@@ -182,12 +182,11 @@ def kill_when(process, condition, timeout_s=240):
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory):
-    """A run up to the FM that nobody disturbed, with many small shards: there is time to kill what writes them."""
+def calm(cluster, tmp_path_factory):
+    """A run up to the latents that nobody disturbed, with many small shards: there is time to kill what writes them."""
     folder = tmp_path_factory.mktemp("calm")
-    finish(start(folder, "prepare", *SMALL))
-    finish(start(folder, "train-fm", *SMALL))
-    finish(start(folder, "compress", *SMALL))
+    for stage in ("prepare", "train-fm", "compress", "materialize"):
+        run_stages(settings(folder), stage)
     return folder
 
 
@@ -217,7 +216,6 @@ def test_a_killed_fm_training_goes_on_to_the_same_weights(calm, tmp_path):
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_killed_materialize_leaves_nothing_half_visible_and_goes_on(calm, tmp_path):
-    finish(start(calm, "materialize", *SMALL))
     root = copy_of(calm, tmp_path, "prepared", "seed=0/snapshot")
     process = start(tmp_path, "materialize", *SMALL)
     kill_when(process, lambda: len(list(root.glob("seed=0/.latents.work-*/markers/*/[0-9]*"))) >= 3)
