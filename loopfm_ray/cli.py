@@ -121,11 +121,31 @@ for _name, _text in {
     "join": "Give each request the history that was visible to it (after materialize).",
     "train-vm": "Train the vertical models (after join).",
     "evaluate": "Measure all models on the test window (after train-vm).",
-    "stream": "Train VMs day by day, each day predicted before it is learnt from; for every vertical (after join).",
     "publish": "Copy the histories into the online store and switch to them.",
     "report": "Write summary.json and the HTML page from the run's records.",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+def stream(
+    config: ConfigArgument = None,
+    overrides: SetOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train VMs day by day, each day predicted before it is learnt from; for every vertical (after join)."""
+    settings = load_pipeline(config, overrides, verbose)
+    from loopfm_ray.jobs.pipeline import run_stages
+    from loopfm_ray.report.table import write_stream
+
+    with show_progress() as progress:
+        result = run_stages(settings, "stream", fresh=fresh, progress=progress)
+    if as_json:
+        print_result(result, as_json)
+        return
+    write_stream(result, sys.stdout)
 
 
 @app.command()

@@ -24,13 +24,13 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits, format_ts
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import PipelineConfig, RefreshConfig
-from loopfm_ray.jobs.compress import CompressTask, compress, compress_inputs, event_embeddings
+from loopfm_ray.jobs.compress import CompressTask, event_embeddings
 from loopfm_ray.jobs.context import Context, splits_of
 from loopfm_ray.jobs.materialize import Scope, materialize
-from loopfm_ray.jobs.train_fm import FmSettings, fm_inputs, train_fm
+from loopfm_ray.jobs.snapshots import Making, ensure_fm, ensure_snapshots
 from loopfm_ray.store.codes import CodeSpec, decode
-from loopfm_ray.store.filesystem import Location, absolute, remove_tree
-from loopfm_ray.store.manifest import Manifest, code_version, read_manifest
+from loopfm_ray.store.filesystem import Location, absolute
+from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.shards import Place
@@ -143,8 +143,11 @@ def refreshed_latents(context: Context, seed: int) -> Manifest:
     generations = [first]
     for number, (from_ts, windows) in enumerate(planned, 1):
         places = [paths.generation(seed, number, name) for name in ("fm", "snapshot", part)]
-        one = _Generation(from_ts, *places)
-        _make(context, seed, one, generations[-1], windows)
+        one, before = _Generation(from_ts, *places), generations[-1]
+        parents = (before.fm, before.snapshot) if refresh.warm_start else (None, None)
+        making = Making(seed, one.fm, one.snapshot, windows, *parents)
+        ensure_fm(context, making)
+        ensure_snapshots(context, [making])
         generations.append(one)
     last = TimeRange(splits.fm.start_ts, PreparedData.open(paths.prepared).log_range[1] + 1)
     stops = [one.from_ts for one in generations[1:]] + [last.stop_ts]
@@ -152,56 +155,6 @@ def refreshed_latents(context: Context, seed: int) -> Manifest:
         # with one teacher a row, each example goes through an FM once
         _embed(context, seed, one, TimeRange(one.from_ts, stop_ts) if is_newest else None)
     return _splice(context, seed, generations, splits)
-
-
-def _make(
-    context: Context, seed: int, one: _Generation, before: _Generation, windows: Splits
-) -> None:
-    """Train and compress one later snapshot, unless it is there."""
-    config, refresh = context.config, context.config.fm.refresh
-    is_warm = refresh is not None and refresh.warm_start
-    parent_fm, parent = (before.fm, before.snapshot) if is_warm else (None, None)
-    prepared = absolute(config.paths.prepared)
-    settings = config_hash(*config.fm.learnt, asdict(windows), config.data.past.max_len, seed)
-    inputs = fm_inputs(prepared, parent_fm)
-    if context.find(one.fm, settings, inputs) is None:
-        key = f"refresh-{seed}-{config_hash(settings, inputs, code_version())}"
-        work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
-        train_fm(
-            prepared,
-            one.fm,
-            work,
-            checkpoints,
-            FmSettings(
-                config.fm,
-                windows,
-                config.data.past.max_len,
-                seed,
-                settings,
-                None if parent_fm is None else absolute(parent_fm),
-            ),
-            context.progress,
-        )
-        for leftover in (work, checkpoints):
-            remove_tree(leftover)
-        context.share(one.fm)
-    stage = config.fm
-    kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)
-    settings = config_hash(*kept, asdict(windows), seed)
-    inputs = compress_inputs(prepared, one.fm, parent)
-    if context.find(one.snapshot, settings, inputs) is None:
-        task = CompressTask(
-            prepared,
-            absolute(one.fm),
-            absolute(one.snapshot),
-            stage,
-            windows,
-            seed,
-            settings,
-            None if parent is None else absolute(parent),
-        )
-        list(context.mapper("compress")(compress, [task]))
-        context.share(one.snapshot)
 
 
 def _windows(splits: Splits, start_ts: int, stop_ts: int, valid_us: int) -> Splits:

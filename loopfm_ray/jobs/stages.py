@@ -16,7 +16,6 @@ from loopfm_ray.errors import StoreError
 from loopfm_ray.experiments import MODEL_FM, PipelineConfig
 from loopfm_ray.history.audit import AuditReport, audit
 from loopfm_ray.history.join import joined_hash, write_joined
-from loopfm_ray.jobs.compress import CompressTask, compress
 from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.evaluate import (
     EvaluationRecord,
@@ -29,13 +28,12 @@ from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.publishing import run_publish
 from loopfm_ray.jobs.refresh import refreshed_latents
-from loopfm_ray.jobs.train_fm import FmSettings, train_fm
+from loopfm_ray.jobs.snapshots import Making, ensure_fm, ensure_snapshots
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.jobs.vm_inputs import vm_inputs
 from loopfm_ray.store.filesystem import Location, absolute, is_remote, remove_tree
 from loopfm_ray.store.manifest import (
     Manifest,
-    code_version,
     read_manifest,
 )
 from loopfm_ray.store.tables import write_text
@@ -77,51 +75,25 @@ def _is_same_log(config: PipelineConfig, read: Path) -> bool:
 
 def run_train_fm(context: Context) -> dict[str, Any]:
     """Train the FM of each seed."""
-    config, result = context.config, {}
-    prepared = needed(config.paths.prepared, "prepare")
-    splits = splits_of(config)
-    for seed in config.seeds:
-        path = config.paths.fm(seed)
-        settings = config_hash(*config.fm.learnt, asdict(splits), config.data.past.max_len, seed)
-        inputs = {"prepared": prepared.version}
-        if context.find(path, settings, inputs) is None:
-            key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
-            work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
-            if context.fresh:
-                _clear(work, checkpoints)
-            train_fm(
-                config.paths.prepared,
-                path,
-                work,
-                checkpoints,
-                FmSettings(config.fm, splits, config.data.past.max_len, seed, settings),
-                context.progress,
-            )
-            _clear(work, checkpoints)
-            context.share(path)
-        result[f"seed={seed}"] = read_manifest(path).version
-    return result
+    needed(context.config.paths.prepared, "prepare")
+    return {f"seed={one.seed}": ensure_fm(context, one).version for one in _makings(context.config)}
 
 
 def run_compress(context: Context) -> dict[str, Any]:
     """Fit the bottleneck of each seed's FM, unless it was trained along with it, and write the snapshot."""
-    config, stage = context.config, context.config.fm
-    prepared, splits = needed(config.paths.prepared, "prepare"), splits_of(config)
-    kept = (stage.bottleneck, stage.embedding_layers, stage.bits, stage.bottleneck_rows)
-    todo = []
-    for seed in config.seeds:
-        fm = needed(config.paths.fm(seed), "train-fm")
-        settings = config_hash(*kept, asdict(splits), seed)
-        inputs = {"prepared": prepared.version, "fm": fm.version}
-        path = config.paths.snapshot(seed)
-        if context.find(path, settings, inputs) is None:
-            source, target = absolute(config.paths.fm(seed)), absolute(path)
-            folder = absolute(config.paths.prepared)
-            todo.append(CompressTask(folder, source, target, stage, splits, seed, settings))
-    list(context.mapper("compress")(compress, todo))
-    for task in todo:
-        context.share(task.out_dir)
+    config = context.config
+    needed(config.paths.prepared, "prepare")
+    makings = _makings(config)
+    for one in makings:
+        needed(one.fm, "train-fm")
+    ensure_snapshots(context, makings)
     return {f"seed={seed}": _channel(config, seed) for seed in config.seeds}
+
+
+def _makings(config: PipelineConfig) -> list[Making]:
+    """Return the FM and the snapshot of each seed."""
+    splits, paths = splits_of(config), config.paths
+    return [Making(seed, paths.fm(seed), paths.snapshot(seed), splits) for seed in config.seeds]
 
 
 def _channel(config: PipelineConfig, seed: int) -> dict[str, Any]:

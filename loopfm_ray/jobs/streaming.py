@@ -343,7 +343,7 @@ def run_stream_stage(context: Context) -> Json:
     if context.fresh:
         for job in todo:
             shutil.rmtree(job.work, ignore_errors=True)
-    for job, _ in zip(todo, context.mapper("stream")(stream_one, todo), strict=True):
+    for job, _ in zip(todo, context.mapper("stream", writes=True)(stream_one, todo), strict=True):
         remove_tree(job.work)
     result: Json = {}
     for job in jobs:

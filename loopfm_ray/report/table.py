@@ -20,7 +20,14 @@ from loopfm_ray.report.words import (
     pretty_name,
 )
 
-__all__ = ["write_analysis", "write_cells", "write_drift", "write_ladder", "write_table"]
+__all__ = [
+    "write_analysis",
+    "write_cells",
+    "write_drift",
+    "write_ladder",
+    "write_stream",
+    "write_table",
+]
 
 _PLAIN_WIDTH = 140
 _SERVED = "vm_kd_loopfm"
@@ -57,6 +64,24 @@ def write_table(summary: Mapping[str, Any], stream: TextIO) -> None:
     """
     record = read_summary(summary)
     _console(stream).print(_layout(record, is_terminal=stream.isatty()))
+
+
+def write_stream(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Write what `loopfm stream` found to `stream`: the progressive metrics of every VM of every vertical, and the FM's."""
+    table = _table(("seed", "vertical", "model"), stream.isatty())
+    for name in ("NE", "AUC", "calibration", "rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for seed, verticals in result.items():
+        for vertical, models in verticals.items():
+            fm = next(iter(models.values()))["fm"]
+            lines = {**{name: record["test"] for name, record in models.items()}, "FM": fm}
+            for name, test in lines.items():
+                names = (seed.removeprefix("seed="), _clean(vertical), _clean(name))
+                numbers = (format_number(test[key]) for key in ("ne", "auc"))
+                calibration = format_number(test["calibration"], 3)
+                row = (*names, *numbers, calibration, format_count(test["num_rows"]))
+                table.add_row(*(Text(value) for value in row))
+    _console(stream).print(table)
 
 
 def write_cells(summary: Mapping[str, Any], stream: TextIO) -> None:

@@ -131,6 +131,7 @@ def found(method, bias=0.0, delay=0):
     tests = [stream(method, seed, *where) for seed in SEEDS]
     per_seed = np.array([test["ne"] for test in tests])
     calibration = float(np.mean([test["calibration"] for test in tests]))
+    print(f"{method}, bias {bias}, {delay} days: NE {per_seed.mean():.4f}, calibration {calibration:.3f}")
     return Found(float(per_seed.mean()), calibration, per_seed)
 
 

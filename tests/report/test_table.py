@@ -4,6 +4,7 @@ import pytest
 
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import write_table
+from loopfm_ray.report.table import write_stream
 from tests.report.example import example_summary
 
 
@@ -62,3 +63,17 @@ def test_missing_parts_are_left_out():
 def test_wrong_summary_names_the_missing_key():
     with pytest.raises(DataError, match="name: missing"):
         text_of({"data": {"kind": "x"}, "models": {}})
+
+
+def test_a_stream_shows_every_vm_of_every_vertical_and_the_fm():
+    record = {
+        "test": {"ne": 0.91234, "auc": 0.7, "calibration": 1.0201, "num_rows": 12345},
+        "fm": {"ne": 0.8, "auc": 0.81, "calibration": 1.1, "num_rows": 12345},
+    }
+    result = {"seed=3": {"deli": {"vm": record, "vm_ah": record}, "[red]meat": {"vm": record}}}
+    out = io.StringIO()
+    write_stream(result, out)
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["3", "deli", "vm_ah", "0.9123", "0.7000", "1.020", "12,345"] in lines
+    assert ["3", "[red]meat", "FM", "0.8000", "0.8100", "1.100", "12,345"] in lines
+    assert sum(line[:1] == ["3"] for line in lines) == 5
