@@ -4,6 +4,7 @@ A click depends on the item and the user's segment, and its base rate moves in w
 probability as it was `delay` days before, its logit moved by `bias`. What ExFM claims is measured on the second half of the stream.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -131,7 +132,10 @@ def found(method, bias=0.0, delay=0):
     tests = [stream(method, seed, *where) for seed in SEEDS]
     per_seed = np.array([test["ne"] for test in tests])
     calibration = float(np.mean([test["calibration"] for test in tests]))
-    print(f"{method}, bias {bias}, {delay} days: NE {per_seed.mean():.4f}, calibration {calibration:.3f}")
+    sys.stdout.write(
+        f"{method}, bias {bias}, {delay} days: NE {per_seed.mean():.4f}, calibration {calibration:.3f}"
+        "\n"
+    )
     return Found(float(per_seed.mean()), calibration, per_seed)
 
 
