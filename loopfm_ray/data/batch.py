@@ -48,7 +48,8 @@ class Batch:
         sequences: by name, [B, S] int64, 0 is padding.
         histories: by source: `raw`, `latent`, and `latent_by_item` and the like for other keys than the user.
         label: [B, T] float32, columns are `schema.tasks`.
-        teacher_prob: [B] float32 or None.
+        teacher_prob: [B] float32 or None: of the first task.
+        teacher_more: [B, T - 1] float32 or None: of the further ones, where the FM has them.
         teacher_latent: [B, D] float32 or None: the FM's latent of the row itself. It takes a live FM, so only training
             and offline evaluation have it.
     """
@@ -60,6 +61,7 @@ class Batch:
     label: Tensor
     teacher_prob: Tensor | None = None
     teacher_latent: Tensor | None = None
+    teacher_more: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from loopfm_ray.data.config import ColumnsConfig
+from loopfm_ray.data.config import ColumnsConfig, TaskColumn
 from loopfm_ray.errors import DataError, SchemaError
 from loopfm_ray.types import MICROS_PER_S
 
@@ -54,8 +54,11 @@ def canonical_block(
         if columns.label is None
         else _label_column(block, columns.label, place),
     }
-    for name, column in columns.tasks.items():
-        out[name] = _label_column(block, column, place)
+    for name, task in columns.tasks.items():
+        if isinstance(task, str):
+            out[name] = _label_column(block, task, place)
+        else:
+            out[name] = _above(block, task, place)
     out["label_ts"] = (
         pc.add(event_ts, pa.scalar(label_delay_us, pa.int64()))
         if columns.label_ts is None
@@ -155,6 +158,18 @@ def _label_column(block: pa.Table, column: str, place: BlockPlace) -> Array:
             " correct the label or drop the row"
         )
     return labels
+
+
+def _above(block: pa.Table, task: TaskColumn, place: BlockPlace) -> Array:
+    """Return 1 where a column of numbers is above the bound of a task, else 0."""
+    values = float_column(block, task.column, place)
+    row = _first_true(values.is_null())
+    if row is not None:
+        raise DataError(
+            f"{place.at(task.column, row)}: the number is missing, expected one to compare with {task.above};"
+            " fill it in or drop the row"
+        )
+    return pc.greater(values, task.above).cast(pa.float32())
 
 
 def _label_times(

@@ -19,7 +19,7 @@ from loopfm_ray.data.history_sources import (
     LatentHistorySource,
     RawHistorySource,
 )
-from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE
+from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE, teacher_prob_of
 from loopfm_ray.data.prepared import EntityTable
 from loopfm_ray.data.schema import FeatureSchema, Field, Kind, Side
 from loopfm_ray.errors import SchemaError
@@ -81,7 +81,7 @@ class Collator:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the rows that a call reads, `teacher_prob` apart."""
+        """The columns of the rows that a call reads, the teacher's predictions apart."""
         own = [
             field.name for field in self._schema.fields if field.side in (Side.CONTEXT, Side.PAST)
         ]
@@ -115,6 +115,7 @@ class Collator:
                 if teacher is None
                 else torch.from_numpy(np.asarray(teacher, np.float32)),
                 teacher_latent=self._teacher_latent(rows),
+                teacher_more=self._teacher_more(rows),
             )
         except KeyError as error:
             raise SchemaError(
@@ -150,6 +151,13 @@ class Collator:
         if values.shape[1] < width:
             values = np.zeros((len(values), width), dtype=np.int64)
         return torch.from_numpy(_known(values[:, :width], field).astype(np.int64))
+
+    def _teacher_more(self, rows: Mapping[str, NDArray[Any]]) -> Tensor | None:
+        """Return what the teacher says of the tasks beside the first, if the rows tell it of all of them."""
+        names = [teacher_prob_of(task) for task in self._schema.tasks[1:]]
+        if not names or any(name not in rows for name in names):
+            return None
+        return torch.from_numpy(np.stack([np.asarray(rows[n], np.float32) for n in names], axis=1))
 
     def _teacher_latent(self, rows: Mapping[str, NDArray[Any]]) -> Tensor | None:
         if self._teacher_spec is None:

@@ -61,6 +61,18 @@ FieldMap = Annotated[dict[str, str], BeforeValidator(_names_to_mapping)]
 """Field name -> column name; a plain list names fields that are called like their columns."""
 
 
+class TaskColumn(Config):
+    """A label that is 1 where a column of numbers is above a bound."""
+
+    column: str
+    above: float = 0.0
+    """What the column has to be more than."""
+
+
+TaskMap = Annotated[dict[str, str | TaskColumn], BeforeValidator(_names_to_mapping)]
+"""Task -> a column of 0 and 1, or a bound on a column of numbers; a plain list names tasks that are called like their columns."""
+
+
 class EntityConfig(Config):
     """A table with one row for each user or item; its values are the same at all times."""
 
@@ -81,8 +93,8 @@ class ColumnsConfig(Config):
     """Arrow timestamp of any unit, ISO text, or integers (`timestamp_unit`); UTC without a zone."""
     label: str | None = None
     """Column of 0 and 1; not given means that every row is a positive."""
-    tasks: FieldMap = Setting(default_factory=dict)
-    """Further labels of 0 and 1 that the FM may learn beside `label`."""
+    tasks: TaskMap = Setting(default_factory=dict)
+    """Further labels that FM and VMs learn beside `label`; a sampled negative has 0 in all."""
     label_ts: str | None = None
     """When the label was known; `event_ts + label_delay_s` if not given."""
     timestamp_unit: Literal["s", "ms", "us", "ns"] = "us"
@@ -91,6 +103,14 @@ class ColumnsConfig(Config):
     numeric: FieldMap = Setting(default_factory=dict)
     sequence: FieldMap = Setting(default_factory=dict)
     """Columns that hold lists of keys."""
+
+    @property
+    def task_columns(self) -> dict[str, str]:
+        """The column that each further label comes from."""
+        return {
+            name: task if isinstance(task, str) else task.column
+            for name, task in self.tasks.items()
+        }
 
 
 class EventsConfig(BaseDataConfig):
@@ -138,6 +158,8 @@ class CompleteJourneyConfig(BaseDataConfig):
     past: PastConfig = PastConfig(count_fields=("item", "type", "category", "brand", "maker"))
     period_origin: Moment = "2016-12-26T04:00:00"
     """Weeks of this data begin on Mondays at midnight in New York: 04:00 UTC in summer, 05:00 in winter."""
+    tasks: tuple[Literal["coupon", "discount"], ...] = ()
+    """Further labels: whether a purchase redeemed a coupon (1.5 % do), whether it was at a discount (50 %)."""
     duplicates: Literal["error", "drop"] = "drop"
 
 

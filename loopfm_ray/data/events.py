@@ -76,7 +76,7 @@ def open_files(path: str) -> list[Fragment]:
 def required_columns(columns: ColumnsConfig) -> list[str]:
     """Return the names of the columns that the config reads, each once."""
     fixed = [columns.user, columns.item, columns.event_ts, columns.label, columns.label_ts]
-    groups = (columns.tasks, columns.categorical, columns.numeric, columns.sequence)
+    groups = (columns.task_columns, columns.categorical, columns.numeric, columns.sequence)
     names = [name for name in fixed if name] + [name for group in groups for name in group.values()]
     return list(dict.fromkeys(names))
 

@@ -11,6 +11,7 @@ __all__ = [
     "TEACHER_SNAPSHOT",
     "USER_SOURCE",
     "source_of",
+    "teacher_prob_of",
 ]
 
 TEACHER_CODE = "teacher_code"
@@ -25,6 +26,11 @@ SIDE_COLUMNS = {LABEL: ("label", "label_ts"), EVENT_TYPE: ("event_type",)}
 """The columns of a history table that each side information is read from."""
 USER_SOURCE = "latent"
 """The source of the users' histories; its columns in the requests are latent_start and latent_len."""
+
+
+def teacher_prob_of(task: str) -> str:
+    """Return the column of the teacher prediction of a further task; that of the first is `teacher_prob`."""
+    return f"teacher_prob_{task}"
 
 
 def source_of(key: Sequence[str]) -> str:

@@ -114,16 +114,16 @@ class AuxiliaryOutput:
     logit: Tensor
     """[B, T] of the serving head."""
     distilled: Tensor
-    """[B] of the head that follows the FM."""
+    """[B, K] of the head that follows the FM, for the K tasks that it predicts."""
     adapted: Tensor | None
-    """[B] of the head that follows the adapter; None without one."""
+    """[B, K] of the head that follows the adapters; None without them."""
 
 
 class AuxiliaryVm(nn.Module):
     """A VM and the heads beside it, which are thrown away after training."""
 
-    def __init__(self, vm: VerticalModel, config: AuxiliaryConfig) -> None:
-        """Put heads on a layer of `vm`.
+    def __init__(self, vm: VerticalModel, config: AuxiliaryConfig, num_taught: int = 1) -> None:
+        """Put heads on a layer of `vm`, for the first `num_taught` tasks.
 
         Raises:
             ConfigError: the VM has no such layer.
@@ -134,74 +134,87 @@ class AuxiliaryVm(nn.Module):
             raise ConfigError(
                 "an auxiliary head reads a hidden layer, and the VM has none; give it one"
             )
-        self.vm, self.config = vm, config
+        self.vm, self.config, self.num_taught = vm, config, num_taught
         self.layer = config.layer or names[-1]
         dim = vm.layer_dim(self.layer)
-        self.head = _head(dim, config)
+        self.head = _head(dim, config, num_taught)
         adapter = config.adapter
-        self.adapter = None if adapter is None else StudentAdapter(adapter.hidden)
-        if self.adapter is not None:  # its gradients do not come with those of the VM
-            self._ddp_params_and_buffers_to_ignore = [
-                f"adapter.{name}" for name, _ in self.adapter.named_parameters()
-            ]
+        num_adapters = num_taught if adapter is not None else 0
+        hidden = adapter.hidden if adapter is not None else 0
+        self.adapters = nn.ModuleList(StudentAdapter(hidden) for _ in range(num_adapters))
+        # their gradients do not come with those of the VM
+        self._ddp_params_and_buffers_to_ignore = [
+            f"adapters.{name}" for name, _ in self.adapters.named_parameters()
+        ]
         has_own = adapter is not None and adapter.has_own_head
-        self.adapted_head = _head(dim, config) if has_own else None
+        self.adapted_head = _head(dim, config, num_taught) if has_own else None
 
     def forward(self, batch: Batch) -> AuxiliaryOutput:
         """Score a batch with all heads."""
         found = self.vm.forward_all(batch)
         shared = scale_gradient(found.layers[self.layer], self.config.gradient_scale)
-        distilled = self.head(shared)[:, 0]
+        distilled = self.head(shared)
         adapted = None
-        if self.adapter is not None:
-            adapted = distilled if self.adapted_head is None else self.adapted_head(shared)[:, 0]
+        if len(self.adapters):
+            adapted = distilled if self.adapted_head is None else self.adapted_head(shared)
         return AuxiliaryOutput(found.logit, distilled, adapted)
 
 
-def _head(dim: int, config: AuxiliaryConfig) -> nn.Module:
+def _head(dim: int, config: AuxiliaryConfig, num_taught: int) -> nn.Module:
     mlp = Mlp(dim, config.hidden)
-    return nn.Sequential(mlp, nn.Linear(mlp.out_dim, 1))
+    return nn.Sequential(mlp, nn.Linear(mlp.out_dim, num_taught))
 
 
 def adapter_sum(model: AuxiliaryVm, batch: Batch) -> Tensor:
-    """Return [] the summed loss that trains the adapter alone: its output against the labels.
+    """Return [] the summed loss that trains the adapters alone: their outputs against the labels.
 
     Source: equation 6, L_sta.
 
     Raises:
-        DataError: the batch has no teacher predictions.
+        DataError: the batch lacks teacher predictions.
     """
-    if model.adapter is None:
-        raise AssertionError("there is no adapter to train")
-    label = batch.label[:, 0]
-    return weighted_bce_sum(model.adapter(_teacher(batch)), label, torch.ones_like(label))[0]
+    teacher = _teacher(batch, model)
+    losses = [
+        weighted_bce_sum(adapter(prob), label, torch.ones_like(label))[0]
+        for adapter, prob, label in zip(
+            model.adapters, teacher.unbind(1), batch.label.unbind(1), strict=False
+        )
+    ]
+    return torch.stack(losses).sum()
 
 
 def auxiliary_sum(model: AuxiliaryVm, output: AuxiliaryOutput, batch: Batch) -> Tensor:
-    """Return [] what the heads add to the summed loss of a batch.
+    """Return [] what the heads add to the summed loss of a batch, over all tasks that are taught.
 
     `w h(distilled, min(1, alpha p))`, equation 5 with the scalings of section 3.3, and with an adapter its weight times
     `h(adapted, sg(sigmoid(adapter(p))))`, equation 7.
 
     Raises:
-        DataError: the batch has no teacher predictions.
+        DataError: the batch lacks teacher predictions.
     """
-    config, prob = model.config, _teacher(batch)
-    weight = torch.ones_like(output.distilled)
-    target = (config.label_scale * prob).clamp_max(1.0)
-    total = config.weight * weighted_bce_sum(output.distilled, target, weight)[0]
-    if model.adapter is not None and output.adapted is not None and config.adapter is not None:
-        with torch.no_grad():
-            fresh = torch.sigmoid(model.adapter(prob))
-        adapted = weighted_bce_sum(output.adapted, fresh, weight)[0]
-        total = total + config.adapter.weight * adapted
+    config, teacher = model.config, _teacher(batch, model)
+    weight = torch.ones_like(teacher[:, 0])
+    total = weight.new_zeros(())
+    for place, prob in enumerate(teacher.unbind(1)):
+        target = (config.label_scale * prob).clamp_max(1.0)
+        follows = weighted_bce_sum(output.distilled[:, place], target, weight)[0]
+        total = total + config.weight * follows
+        if output.adapted is not None and config.adapter is not None:
+            with torch.no_grad():
+                fresh = torch.sigmoid(model.adapters[place](prob))
+            adapted = weighted_bce_sum(output.adapted[:, place], fresh, weight)[0]
+            total = total + config.adapter.weight * adapted
     return total
 
 
-def _teacher(batch: Batch) -> Tensor:
-    if batch.teacher_prob is None:
+def _teacher(batch: Batch, model: AuxiliaryVm) -> Tensor:
+    """Return [B, K] the FM's probabilities of the tasks that are taught."""
+    if batch.teacher_prob is None or (batch.teacher_more is None and model.num_taught > 1):
         raise DataError(
-            "an auxiliary head needs teacher predictions, found none; train on a joined set, or take"
-            " `auxiliary` out of the VM's config"
+            f"an auxiliary head needs teacher predictions of {model.num_taught} tasks, found fewer; train on a joined set,"
+            " or take `auxiliary` out of the VM's config"
         )
-    return batch.teacher_prob
+    first = batch.teacher_prob[:, None]
+    if batch.teacher_more is None or model.num_taught == 1:
+        return first
+    return torch.cat([first, batch.teacher_more], 1)

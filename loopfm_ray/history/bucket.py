@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from loopfm_ray.data.joined import SCORE_TS, TEACHER_CODE, TEACHER_SNAPSHOT, USER_SOURCE
+from loopfm_ray.data.joined import (
+    SCORE_TS,
+    TEACHER_CODE,
+    TEACHER_SNAPSHOT,
+    USER_SOURCE,
+    teacher_prob_of,
+)
 from loopfm_ray.errors import StoreError
 from loopfm_ray.history.blocks import Block
 from loopfm_ray.history.keyed import KeyedAnswers
@@ -24,6 +30,8 @@ from loopfm_ray.history.slices import Histories, SlicePlan, numpy_columns
 from loopfm_ray.history.spill import Answers
 from loopfm_ray.store.cache import VersionFile
 from loopfm_ray.store.manifest import disk_errors, read_manifest
+from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.rows import prob_column
 from loopfm_ray.store.shards import SORT_KEYS
 from loopfm_ray.store.tables import code_bytes, code_column, write_parquet_pieces
 from loopfm_ray.store.teachers import teacher_number, teachers_of
@@ -55,11 +63,14 @@ class _BucketJoin:
     def __init__(self, task: JoinTask, stack: ExitStack) -> None:
         """Begin with nothing; `stack` closes the files."""
         self._task = task
-        self._rows = BucketRows(task, ("fm_prob",))
+        tasks = LatentsReader(task.latents).tasks
+        self._probs = {"fm_prob": "teacher_prob"}
+        self._probs |= {prob_column(one): teacher_prob_of(one) for one in tasks}
+        self._rows = BucketRows(task, tuple(self._probs))
         history = history_schema(self._rows.spec, task.settings.side)
         plan = SlicePlan(history, self._rows.requests, SORT_KEYS, task.settings, task.out_dir)
         self._histories = Histories(plan, stack)
-        fields = [("prob", pa.float32())]
+        fields = [(name, pa.float32()) for name in self._probs]
         if task.settings.with_own_latent:
             fields.append(("code", pa.binary(self._rows.spec.num_bytes)))
         teacher = Answers(pa.schema(fields), task.out_dir, task.settings.block_rows)
@@ -103,7 +114,9 @@ class _BucketJoin:
             span = (self._num_written, self._num_written + table.num_rows)
             self._num_written = span[1]
             teacher, (start, length) = self._teacher.read(*span), self._histories.read(*span)
-            columns = {"teacher_prob": pa.array(teacher["prob"], pa.float32())}
+            columns = {
+                shown: pa.array(teacher[name], pa.float32()) for name, shown in self._probs.items()
+            }
             event_ts, label_ts = numpy_columns(table, "event_ts", "label_ts")
             number = teacher_number(self._teachers, event_ts)
             columns[TEACHER_SNAPSHOT] = pa.array(number, pa.int16())
@@ -154,7 +167,7 @@ class _BucketJoin:
             )
             return
         row = known[row]
-        found_of_row = [numpy_columns(block.rows, "fm_prob")[0][row]]
+        found_of_row = [column[row] for column in numpy_columns(block.rows, *self._probs)]
         if self._task.settings.with_own_latent:
             found_of_row.append(code_bytes(block.rows.column("code"))[row])
         self._teacher.add(position, *found_of_row)

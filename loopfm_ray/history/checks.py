@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from loopfm_ray.data.joined import teacher_prob_of
 from loopfm_ray.history.evidence import Entry, Origin, Stored
 
 __all__ = ["Bucket", "Owner", "Rules", "check_history", "check_request", "given_entries"]
@@ -122,6 +123,10 @@ def _check_teacher(request: Row, bucket: Bucket, rules: Rules) -> Iterator[str]:
     yield from _check_stored(request["example_id"], bucket, rules)
     if request["teacher_prob"] != stored.fm_prob:
         yield f"teacher_prob is {request['teacher_prob']}, the snapshot gave {stored.fm_prob}"
+    for task, prob in stored.more_probs:
+        found = request.get(teacher_prob_of(task))
+        if found != prob:
+            yield f"{teacher_prob_of(task)} is {found}, the snapshot gave {prob}"
     scored_by = [n for n, from_ts in enumerate(rules.scored_from) if from_ts <= request["event_ts"]]
     expected = scored_by[-1] if scored_by else 0
     if request["teacher_snapshot"] != expected:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from loopfm_ray.store.cache import Version
 from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.rows import prob_column
 from loopfm_ray.store.tables import map_ipc, read_parquet
 
 __all__ = [
@@ -65,6 +66,8 @@ class Stored(NamedTuple):
     fact: Fact
     entry: Entry
     fm_prob: float
+    more_probs: tuple[tuple[str, float], ...] = ()
+    """`(task, probability)` of further tasks."""
 
 
 class Origin(NamedTuple):
@@ -100,7 +103,8 @@ def read_stored(reader: LatentsReader, bucket: int, users: Iterable[int]) -> dic
     stored = {}
     for row in _of_users(reader.read_bucket(bucket), users).to_pylist():
         entry = entry_of(row)._replace(side=())
-        stored[row["example_id"]] = Stored(fact_of(row), entry, row["fm_prob"])
+        more = tuple((task, row[prob_column(task)]) for task in reader.tasks)
+        stored[row["example_id"]] = Stored(fact_of(row), entry, row["fm_prob"], more)
     return stored
 
 

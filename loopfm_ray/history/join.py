@@ -221,6 +221,7 @@ def joined_meta(
         "stop_ts": time_range.stop_ts,
         "teachers": [asdict(one) for one in teachers_of(latents.meta)],
         "num_late_scores": stats.num_late_scores,
+        **({"tasks": latents.meta["tasks"]} if "tasks" in latents.meta else {}),
         **_stats_meta(stats),
     }
 

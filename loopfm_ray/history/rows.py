@@ -58,9 +58,9 @@ class BucketRows:
         self._task, self._side = task, task.settings.side
         self._block_rows = task.settings.block_rows
         self._reader = LatentsReader(task.latents)
-        self.spec = self._reader.spec
+        self.spec, self.tasks = self._reader.spec, self._reader.tasks
         self.requests = pa.schema([*REQUESTS, *asked])
-        known = latents_schema(self.spec)
+        known = latents_schema(self.spec, self.tasks)
         names = [*HISTORY_COLUMNS, "is_event", *more]
         names += [n for n in self._side.columns if n not in _SIDE_TYPES]
         self._rows = pa.schema([known.field(name) for name in names])

@@ -15,7 +15,7 @@ import ray.data
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.digest import inputs_sha256
-from loopfm_ray.data.examples import ExampleFile, Rows, read_rows
+from loopfm_ray.data.examples import ExampleFile, Rows, concat_rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import format_ts
 from loopfm_ray.errors import ConfigError, JobError, StoreError
@@ -208,13 +208,14 @@ class ShardEmbedder:
         rows, size = self._read(file), self._task.batch_rows
         collate, _ = self._open(file.bucket)
         latents, probs = [], []
+        tasks = self._embedder.snapshot.spec.schema.tasks
         for begin in range(0, len(rows["example_id"]), size):
             batch = {name: values[begin : begin + size] for name, values in rows.items()}
             embedded = self._embedder(collate(batch))
             latents.append(embedded.latents)
-            probs.append(embedded.fm_prob)
+            probs.append(embedded.columns(tasks))
         columns = {name: rows[name] for name in _SHARD_COLUMNS}
-        columns["fm_prob"] = np.concatenate(probs)
+        columns |= concat_rows(probs)
         self._task.writer.write(
             file.period,
             file.bucket,
@@ -284,6 +285,7 @@ def materialize(
         attempt=scope.attempt,
         period_us=data.manifest.meta["period_us"],
         period_origin_ts=data.manifest.meta["period_origin_ts"],
+        tasks=snapshot.spec.schema.tasks[1:],
     )
     task = MaterializeTask(
         absolute(prepared),

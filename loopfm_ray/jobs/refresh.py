@@ -33,6 +33,7 @@ from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.store.rows import prob_column
 from loopfm_ray.store.shards import Place
 from loopfm_ray.store.space import Space
 from loopfm_ray.store.tables import code_bytes, write_text
@@ -45,6 +46,7 @@ __all__ = ["SpliceTask", "plan_generations", "refreshed_latents", "splice_bucket
 _PROBE_ROWS = 65_536
 _HELD_OUT = 5
 _COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event", "fm_prob")
+"""What is spliced, beside the predictions of further tasks."""
 
 Json = dict[str, Any]  # Any: JSON
 
@@ -213,6 +215,7 @@ def _splice(
         period_us=base.meta["period_us"],
         period_origin_ts=base.meta["period_origin_ts"],
         teachers=tuple(teachers if teacher == "newest" else teachers[:1]),
+        tasks=tuple(base.meta.get("tasks", ())),
     )
     readers = [LatentsReader(one.latents) for one in generations]
     places: list[Place] = sorted({place for reader in readers for place in reader.shards})
@@ -307,8 +310,9 @@ def splice_bucket(task: SpliceTask) -> int:
     for period in task.periods:
         if task.writer.completed(period, task.bucket) is not None:
             continue
-        table = base.read_bucket(task.bucket, columns=[*_COLUMNS, "code"], periods=[period])
-        rows = {name: table.column(name).to_numpy() for name in _COLUMNS}
+        names = _names(base)
+        table = base.read_bucket(task.bucket, columns=[*names, "code"], periods=[period])
+        rows = {name: table.column(name).to_numpy() for name in names}
         latents = decode(code_bytes(table.column("code")), base.spec)
         generation = np.searchsorted([one.from_ts for one in task.newer], rows["event_ts"], "right")
         for number in np.unique(generation[generation > 0]):
@@ -334,13 +338,18 @@ def _splice_scored(task: SpliceTask) -> int:
         for reader, align in parts:
             if (period, task.bucket) not in reader.shards:
                 continue
-            table = reader.read_bucket(task.bucket, columns=[*_COLUMNS, "code"], periods=[period])
+            names = _names(reader)
+            table = reader.read_bucket(task.bucket, columns=[*names, "code"], periods=[period])
             found = decode(code_bytes(table.column("code")), reader.spec)
             latents.append(found if align is None else align(found))
-            rows.append({name: table.column(name).to_numpy() for name in _COLUMNS})
+            rows.append({name: table.column(name).to_numpy() for name in names})
             num_later += 0 if align is None else len(found)
         task.writer.write(period, task.bucket, concat_rows(rows), np.concatenate(latents))
     return num_later
+
+
+def _names(reader: LatentsReader) -> list[str]:
+    return [*_COLUMNS, *map(prob_column, reader.tasks)]
 
 
 def _teacher(one: _Generation) -> Teacher:

@@ -120,7 +120,8 @@ class _Stream:
             return
         time_range = TimeRange(start_ts, stop_ts)
         own = self.collate(self.job.window.whole.start_ts).columns
-        columns = list(dict.fromkeys([*own, *_KEPT, "label_ts", *self.filter.columns]))
+        asked = (*_KEPT, "label_ts", *self.filter.columns, *self.data.teacher_columns)
+        columns = list(dict.fromkeys([*own, *asked]))
         files = self.data.requests.files(time_range)
         for rows in file_blocks(files, time_range, columns):
             kept = self.filter(rows)

@@ -24,7 +24,7 @@ from loopfm_ray.data.collate import (
     RawHistorySource,
 )
 from loopfm_ray.data.examples import ExampleSet
-from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE
+from loopfm_ray.data.joined import TEACHER_CODE, USER_SOURCE, teacher_prob_of
 from loopfm_ray.data.prepared import PreparedData, read_histories
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits
@@ -122,6 +122,13 @@ class VmData:
         """Width of the stored latents, if they are read."""
         is_read = self.history.kind in ("latent", "both") or self.needs_teacher_latent
         return self.spec.dim if is_read else None
+
+    @property
+    def teacher_columns(self) -> tuple[str, ...]:
+        """The columns of the FM's predictions: of the first task, and of the others if it has them of all."""
+        told, further = self.joined.manifest.meta.get("tasks", ()), self.schema.tasks[1:]
+        more = further if set(further) <= set(told) else ()
+        return ("teacher_prob", *map(teacher_prob_of, more))
 
     @property
     def spec(self) -> CodeSpec:
@@ -305,7 +312,7 @@ def _plan(job: VmJob) -> tuple[StepPlan, list[list[int]]]:
 def trained_form(model: VerticalModel, config: VmStageConfig, data: VmData) -> nn.Module:
     """Return what is trained: the VM, and with `fitnets` or `auxiliary` what is thrown away afterwards."""
     if config.auxiliary is not None:
-        return AuxiliaryVm(model, config.auxiliary)
+        return AuxiliaryVm(model, config.auxiliary, len(data.teacher_columns))
     if config.fitnets is None:
         return model
     return HintedVm(model, config.fitnets.layer, data.spec.dim)
@@ -333,7 +340,9 @@ def _train_one(job: VmJob, finished: Sequence[str], worker: Worker) -> None:
     files = data.requests.files(job.splits.vm, buckets)
     torch.manual_seed(job.seed)
     model = build_vm(job.config.model, data.schema, data.item_fields, data.latent_dim)
-    columns = list(dict.fromkeys([*collate.columns, "example_id", "label_ts", "teacher_prob"]))
+    columns = list(
+        dict.fromkeys([*collate.columns, "example_id", "label_ts", *data.teacher_columns])
+    )
     fitnets = job.config.fitnets
     task = Task(
         model=trained_form(model, job.config, data),

@@ -37,6 +37,8 @@ __all__ = ["TARGET_ROWS", "compact", "expire", "plan_files"]
 TARGET_ROWS = 1 << 20
 """Rows of a file, about; also what bounds the memory, as a file is put together in memory."""
 
+_MAYBE_META = ("teachers", "tasks")
+"""What the meta of some versions tells besides."""
 _MADE_META = (
     "latents_format",
     "space",
@@ -181,7 +183,7 @@ def _merged(reader: LatentsReader, group: _Group) -> Table:
     parts = []
     for source in group.sources:
         place = file_location(reader.location, reader.manifest, source)
-        rows = read_rows(place, reader.spec)
+        rows = read_rows(place, reader.spec, tasks=reader.tasks)
         mine = [item for item in group.shards if item.path == source]
         chosen = in_shards(rows.column("event_ts").to_numpy(), mine)
         parts.append(rows if chosen.all() else rows.filter(pa.array(chosen)))
@@ -216,6 +218,7 @@ def _draft(
     """Return the manifest of the same version in other files, or with fewer shards."""
     before = reader.manifest
     made = {name: before.meta[name] for name in _MADE_META}
+    made |= {name: before.meta[name] for name in _MAYBE_META if name in before.meta}
     if retention_us is not None:
         period = (made["period_us"], made["period_origin_ts"])
         first_ts = kept_from(made["watermark_ts"], retention_us, *period)

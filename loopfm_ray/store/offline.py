@@ -38,6 +38,7 @@ from loopfm_ray.store.rows import (
     Rule,
     latents_schema,
     make_rows,
+    prob_column,
     read_rows,
     rows_columns,
     rows_sha256,
@@ -97,7 +98,8 @@ class LatentsWriter:
     upload when `final_dir` is an `s3://` address: a local folder, or one that all workers share. `attempt` names work that
     is to be done though the version is there already; its shards wait apart, so that they mix with no others. `period_us`
     and `period_origin_ts` say which time a period is; without them periods can not expire later. `teachers` are the snapshots whose
-    predictions the rows hold, in the order of their times, where they are several.
+    predictions the rows hold, in the order of their times, where they are several. `tasks` are those beside the first whose
+    predictions rows have too, in columns named by `prob_column`.
     """
 
     final_dir: Location
@@ -112,6 +114,7 @@ class LatentsWriter:
     period_us: int | None = None
     period_origin_ts: int = 0
     teachers: tuple[Teacher, ...] = ()
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if is_remote(self.final_dir) and self.scratch is None:
@@ -129,6 +132,7 @@ class LatentsWriter:
             self.delay_us,
             self.waits_for_label,
             dict(self.inputs),
+            *self.tasks,
         )
 
     @property
@@ -208,7 +212,7 @@ class LatentsWriter:
         source = file_location(previous.location, previous.manifest, path)
         if len(stats) < sum(item.path == path for item in previous.shards.values()):
             path = ShardFile.over(places).path
-            rows = read_rows(source, self.spec)
+            rows = read_rows(source, self.spec, tasks=self.tasks)
             chosen = in_shards(rows.column("event_ts").to_numpy(), stats)
             write_rows(rows.filter(pa.array(chosen)), self.work.file(path), self._rule)
         else:
@@ -234,7 +238,7 @@ class LatentsWriter:
         Args:
             period: of the rows.
             bucket: of the rows.
-            rows: [N] columns example_id, user, item, event_ts, label_ts, is_event, fm_prob, in any order.
+            rows: [N] columns example_id, user, item, event_ts, label_ts, is_event, fm_prob and those of further tasks, in any order.
             latents: float [N, d].
             input_sha256: of all that the shard was made from.
 
@@ -249,7 +253,7 @@ class LatentsWriter:
         order = time_order(rows["user"], rows["event_ts"], rows["example_id"])
         values = np.asarray(latents, dtype=np.float32)[order]
         ordered = {name: np.asarray(rows[name])[order] for name in rows}
-        table = make_rows(ordered, values, self.spec, self._rule)
+        table = make_rows(ordered, values, self.spec, self._rule, self.tasks)
         path = shard_path(period, bucket)
         write_rows(table, self.work.file(path), self._rule)
         columns = rows_columns(table)
@@ -328,6 +332,7 @@ class LatentsWriter:
             "period_us": self.period_us,
             "period_origin_ts": self.period_origin_ts,
             **({"teachers": [asdict(one) for one in self.teachers]} if self.teachers else {}),
+            **({"tasks": list(self.tasks)} if self.tasks else {}),
         }
 
     def _record(self, stats: Sequence[ShardStats]) -> dict[str, Any]:  # Any: JSON
@@ -362,7 +367,9 @@ class LatentsWriter:
 
     def _check(self, rows: Mapping[str, NDArray[Any]], latents: NDArray[Any]) -> None:
         needed = [
-            name for name in latents_schema(self.spec).names if name not in ("available_ts", "code")
+            name
+            for name in latents_schema(self.spec, self.tasks).names
+            if name not in ("available_ts", "code")
         ]
         lengths = {name: len(rows[name]) for name in needed if name in rows}
         if sorted(lengths) != sorted(needed) or set(lengths.values()) - {len(latents)}:
@@ -378,8 +385,9 @@ class LatentsWriter:
                 f" events, found {early} of {len(latents)} rows not later, first {int(np.min(rows['event_ts']))};"
                 " use an earlier snapshot or a later time range"
             )
-        prob = np.asarray(rows["fm_prob"])
-        if not ((prob >= 0) & (prob <= 1)).all():
-            raise DataError(
-                "fm_prob must lie in [0, 1], found another value or NaN; store probabilities, not logits"
-            )
+        for name in ("fm_prob", *map(prob_column, self.tasks)):
+            prob = np.asarray(rows[name])
+            if not ((prob >= 0) & (prob <= 1)).all():
+                raise DataError(
+                    f"{name} must lie in [0, 1], found another value or NaN; store probabilities, not logits"
+                )

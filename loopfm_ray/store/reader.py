@@ -42,6 +42,8 @@ class LatentsReader:
         self.manifest = self._version.manifest
         check_latents(location, self.manifest)
         self.spec = CodeSpec.from_tree(self.manifest.meta["code_spec"])
+        self.tasks = tuple(self.manifest.meta.get("tasks", ()))
+        """The further tasks that rows have predictions of, beside the first."""
         self.files = sorted(
             ShardFile.parse(entry.path) for entry in self.manifest.files if entry.path != SHARDS
         )
@@ -82,9 +84,9 @@ class LatentsReader:
                 continue
             place = self._version.path(file.path)
             if sizes[file.path] <= batch_rows:
-                yield read_rows(place, self.spec, columns)
+                yield read_rows(place, self.spec, columns, self.tasks)
             else:
-                yield from iterate_rows(place, self.spec, columns, batch_rows)
+                yield from iterate_rows(place, self.spec, columns, batch_rows, self.tasks)
 
     def read_bucket(
         self,
@@ -102,7 +104,7 @@ class LatentsReader:
             periods: to read; None reads all.
             events_only: whether to leave out rows that are no events.
         """
-        schema = latents_schema(self.spec)
+        schema = latents_schema(self.spec, self.tasks)
         wanted = list(columns) if columns is not None else schema.names
         extra = {*SORT_KEYS, "is_event"} if events_only else {*SORT_KEYS}
         needed = [name for name in schema.names if name in {*wanted, *extra}]
@@ -120,7 +122,7 @@ class LatentsReader:
 
     def _read(self, file: ShardFile, columns: list[str], periods: Sequence[int] | None) -> Table:
         """Return the rows of one file that lie in `periods`."""
-        table = read_rows(self._version.path(file.path), self.spec, columns)
+        table = read_rows(self._version.path(file.path), self.spec, columns, self.tasks)
         if periods is None or file.first == file.last:
             return table
         chosen = [

@@ -38,6 +38,7 @@ __all__ = [
     "iterate_rows",
     "latents_schema",
     "make_rows",
+    "prob_column",
     "read_rows",
     "rows_columns",
     "rows_sha256",
@@ -58,10 +59,11 @@ _DELTA = (
     "label_after",
     "available_after",
 )
+_PROB, _FLOATS = "fm_prob", "BYTE_STREAM_SPLIT"
 _ENCODING = {
     **dict.fromkeys(_DELTA, "DELTA_BINARY_PACKED"),
     "is_event": "RLE",
-    "fm_prob": "BYTE_STREAM_SPLIT",
+    "fm_prob": _FLOATS,
     "code": "PLAIN",
 }
 """How each column lies in the file; benchmarks/latents_size.py measures it."""
@@ -89,8 +91,13 @@ class Rule:
         return available_from(event_ts, label_ts if self.waits_for_label else None, self.delay_us)
 
 
-def latents_schema(spec: CodeSpec) -> Any:
-    """Return the Arrow schema of the rows that readers get, for codes that follow `spec`."""
+def prob_column(task: str) -> str:
+    """Return the column of the FM's probability of a further task; that of the first is `fm_prob`."""
+    return f"{_PROB}_{task}"
+
+
+def latents_schema(spec: CodeSpec, tasks: Sequence[str] = ()) -> Any:
+    """Return the Arrow schema of the rows that readers get, for codes that follow `spec`, with predictions of further `tasks`."""
     return pa.schema(
         [
             ("example_id", pa.int64()),
@@ -100,14 +107,19 @@ def latents_schema(spec: CodeSpec) -> Any:
             ("label_ts", pa.int64()),
             ("available_ts", pa.int64()),
             ("is_event", pa.bool_()),
-            ("fm_prob", pa.float32()),
+            (_PROB, pa.float32()),
+            *((prob_column(task), pa.float32()) for task in tasks),
             ("code", pa.binary(spec.num_bytes)),
         ]
     )
 
 
 def make_rows(
-    rows: Mapping[str, NDArray[Any]], latents: NDArray[np.float32], spec: CodeSpec, rule: Rule
+    rows: Mapping[str, NDArray[Any]],
+    latents: NDArray[np.float32],
+    spec: CodeSpec,
+    rule: Rule,
+    tasks: Sequence[str] = (),
 ) -> Table:
     """Return rows and their latents as a table of `latents_schema`.
 
@@ -116,8 +128,9 @@ def make_rows(
         latents: [N, d].
         spec: of the codes.
         rule: gives `available_ts`.
+        tasks: the further ones that have predictions.
     """
-    schema = latents_schema(spec)
+    schema = latents_schema(spec, tasks)
     columns = dict(rows)
     label_ts = np.asarray(columns["label_ts"], dtype=np.int64)
     columns["available_ts"] = rule.available(columns["event_ts"], label_ts)
@@ -144,7 +157,7 @@ def write_rows(table: Table, path: Path, rule: Rule) -> None:
             packed.schema,
             compression="zstd",
             use_dictionary=False,
-            column_encoding=_ENCODING,
+            column_encoding={**_ENCODING, **dict.fromkeys(_more(packed.column_names), _FLOATS)},
             write_statistics=["user"],
             store_schema=False,
         ) as out:
@@ -154,31 +167,41 @@ def write_rows(table: Table, path: Path, rule: Rule) -> None:
     write_atomically(path, write)
 
 
-def read_rows(location: Location, spec: CodeSpec, columns: Sequence[str] | None = None) -> Table:
+def read_rows(
+    location: Location,
+    spec: CodeSpec,
+    columns: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
+) -> Table:
     """Return the rows of one file, local or on S3, in the order of the file.
 
     Args:
         location: of the file.
         spec: of the codes.
         columns: to return, in the order of `latents_schema`; None gives all.
+        tasks: the further ones that have predictions.
 
     Raises:
         StoreError: the file is missing, damaged, or of another format.
     """
-    wanted = _wanted(spec, columns)
+    wanted = _wanted(spec, columns, tasks)
     table = read_parquet(location, _stored(wanted))
     return _unpack(table, _header(table.schema.metadata, location), spec, wanted)
 
 
 def iterate_rows(
-    location: Location, spec: CodeSpec, columns: Sequence[str] | None, batch_rows: int
+    location: Location,
+    spec: CodeSpec,
+    columns: Sequence[str] | None,
+    batch_rows: int,
+    tasks: Sequence[str] = (),
 ) -> Iterator[Table]:
     """Yield what `read_rows` returns in tables of at most `batch_rows`; memory holds one row group at most.
 
     Raises:
         StoreError: as `read_rows`.
     """
-    wanted = _wanted(spec, columns)
+    wanted = _wanted(spec, columns, tasks)
     head = _header(read_parquet_metadata(location), location)
     for table in iter_parquet(location, _stored(wanted), batch_rows):
         yield _unpack(table, head, spec, wanted)
@@ -209,30 +232,37 @@ def _pack(table: Table, rule: Rule) -> tuple[Table, str]:
         "label_after": label_after // unit,
         "available_after": available_ts - rule.available(event_ts, label_ts),
     }
-    arrays = [pa.array(made[name]) if name in made else table.column(name) for name in _ENCODING]
+    names = [*_ENCODING, *_more(table.column_names)]
+    arrays = [pa.array(made[name]) if name in made else table.column(name) for name in names]
     head = {
         "format": LATENTS_FORMAT,
         "unit_us": unit,
         "delay_us": rule.delay_us,
         "waits_for_label": rule.waits_for_label,
     }
-    return pa.Table.from_arrays(arrays, names=list(_ENCODING)), json.dumps(head, sort_keys=True)
+    return pa.Table.from_arrays(arrays, names=names), json.dumps(head, sort_keys=True)
 
 
-def _wanted(spec: CodeSpec, columns: Sequence[str] | None) -> list[str]:
+def _more(names: Sequence[str]) -> list[str]:
+    """Return the columns of predictions of further tasks."""
+    return [name for name in names if name.startswith(f"{_PROB}_")]
+
+
+def _wanted(spec: CodeSpec, columns: Sequence[str] | None, tasks: Sequence[str]) -> list[str]:
     """Return the columns to give, in the order of `latents_schema`."""
-    return [name for name in latents_schema(spec).names if columns is None or name in columns]
+    names = latents_schema(spec, tasks).names
+    return [name for name in names if columns is None or name in columns]
 
 
 def _stored(wanted: Sequence[str]) -> list[str]:
     """Return the columns of a file that `wanted` are made from."""
     stored = {part for name in wanted for part in _NEEDS.get(name, (name,))}
-    return [name for name in _ENCODING if name in stored]
+    return [name for name in (*_ENCODING, *_more(wanted)) if name in stored]
 
 
 def _unpack(table: Table, head: tuple[int, Rule], spec: CodeSpec, wanted: Sequence[str]) -> Table:
     """Return the rows of a table as it lies in a file."""
-    schema = latents_schema(spec)
+    schema = latents_schema(spec, [name.removeprefix(f"{_PROB}_") for name in _more(wanted)])
     ready = {name: table.column(name) for name in wanted if name not in _NEEDS}
     ready |= _times(table, *head, wanted)
     arrays = [ready[name] for name in wanted]

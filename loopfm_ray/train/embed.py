@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from loopfm_ray.data.collate import Batch
 from loopfm_ray.models.fitting import EmbeddingChunk
 from loopfm_ray.models.foundation import FoundationModel
+from loopfm_ray.store.rows import prob_column
 from loopfm_ray.train.snapshot import Snapshot
 
 __all__ = ["Embedded", "Embedder", "embedding_chunks", "length_order"]
@@ -24,8 +25,13 @@ class Embedded:
 
     latents: NDArray[np.float32]
     """[B, d] latents; the store makes codes of them."""
-    fm_prob: NDArray[np.float32]
-    """[B] the FM's probability of the first task: the teacher prediction."""
+    fm_probs: NDArray[np.float32]
+    """[B, T] the FM's probability of each task: the teacher predictions."""
+
+    def columns(self, tasks: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Return [B] columns of the predictions by their stored names; `tasks` are all, the first one included."""
+        names = ["fm_prob", *(prob_column(task) for task in tasks[1:])]
+        return {name: self.fm_probs[:, place] for place, name in enumerate(names)}
 
 
 class Embedder:
@@ -43,8 +49,8 @@ class Embedder:
         spec = self.snapshot.spec
         output = self._fm(batch.to(self._device))
         latent = self._bottleneck.encode(output.embedding(spec.embedding_layers))
-        prob = torch.sigmoid(output.logit[:, 0]).float().cpu().numpy()
-        return Embedded(latent.float().cpu().numpy(), prob)
+        probs = torch.sigmoid(output.logit).float().cpu().numpy()
+        return Embedded(latent.float().cpu().numpy(), probs)
 
 
 def length_order(rows: Mapping[str, NDArray[Any]], max_len: int) -> NDArray[np.intp]:

@@ -67,9 +67,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
 
 def build_adapter_optimizer(model: nn.Module) -> torch.optim.Adam | None:
     """Build the optimizer of a VM's student adapter, at a constant rate of its own; None where there is no adapter."""
-    if not isinstance(model, AuxiliaryVm) or model.adapter is None or model.config.adapter is None:
+    if not isinstance(model, AuxiliaryVm) or model.config.adapter is None:
         return None
-    return torch.optim.Adam(model.adapter.parameters(), lr=model.config.adapter.lr, fused=True)
+    return torch.optim.Adam(model.adapters.parameters(), lr=model.config.adapter.lr, fused=True)
 
 
 def rate_factor(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -60,7 +60,7 @@ def make_objective(
 
     A `JointFm` adds the loss of its bottleneck, from which the FM learns nothing, an `AuxiliaryVm` those of its heads.
 
-    The KD loss compares the first task with `Batch.teacher_prob`, the hint loss the hint of a `HintedVm` with
+    The KD loss compares the first task with `Batch.teacher_prob` and the others with `Batch.teacher_more` if it is there, the hint loss the hint of a `HintedVm` with
     `Batch.teacher_latent`.
 
     Args:
@@ -84,7 +84,7 @@ def make_objective(
             ]
         ).sum()
         if kd_weight:
-            total = total + kd_weight * _kd_sum(logit[:, 0], batch, weight)
+            total = total + kd_weight * _kd_sum(logit, batch, weight)
         if hint_weight:
             total = total + hint_weight * _hint_sum(output, batch, weight)
         if isinstance(output, JointOutput):
@@ -116,9 +116,9 @@ def make_adapter_step(
     Raises:
         AssertionError: the model has no adapter.
     """
-    if model.adapter is None:
+    parameters = list(model.adapters.parameters())
+    if not parameters:
         raise AssertionError("there is no adapter to train")
-    parameters = list(model.adapter.parameters())
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -148,7 +148,11 @@ def _kd_sum(logit: Tensor, batch: Batch, weight: Tensor) -> Tensor:
             "kd_weight needs teacher predictions, found none; train on a joined set, or set"
             " kd_weight to 0"
         )
-    return weighted_bce_sum(logit, batch.teacher_prob, weight)[0]
+    total = weighted_bce_sum(logit[:, 0], batch.teacher_prob, weight)[0]
+    if batch.teacher_more is None:
+        return total
+    others = zip(logit[:, 1:].unbind(1), batch.teacher_more.unbind(1), strict=True)
+    return total + sum(weighted_bce_sum(one, prob, weight)[0] for one, prob in others)
 
 
 def _hint_sum(output: Tensor | FmOutput | HintedOutput, batch: Batch, weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Auxiliary head and student adapter: the paper's losses by hand, Algorithm 1 step by step, and a VM that stays plain."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,8 +62,12 @@ def test_the_losses_by_hand():
     labels = sum(logloss(out.logit[:, task], batch.label[:, task]) for task in range(2))
     target = torch.minimum(torch.ones(20), 1.5 * teacher)
     assert (target == 1).any()
-    fresh = torch.sigmoid(model.adapter(teacher))
-    expected = labels + 2.0 * logloss(out.distilled, target) + 0.5 * logloss(out.adapted, fresh)
+    fresh = torch.sigmoid(model.adapters[0](teacher))
+    expected = (
+        labels
+        + 2.0 * logloss(out.distilled[:, 0], target)
+        + 0.5 * logloss(out.adapted[:, 0], fresh)
+    )
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -102,14 +107,14 @@ def test_an_adapter_begins_with_the_predictions_of_the_fm():
 def test_an_adapter_learns_the_labels_of_a_biased_fm():
     torch.manual_seed(0)
     model = make()
-    step = make_adapter_step(model, torch.optim.Adam(model.adapter.parameters(), lr=0.02))
+    step = make_adapter_step(model, torch.optim.Adam(model.adapters.parameters(), lr=0.02))
     batch = make_batch(num_rows=512)
     label = (torch.rand(512) < 0.1).float()
     batch.label[:, 0] = label
     batch.teacher_prob[:] = 0.5
     for _ in range(200):
         step(batch)
-    assert torch.sigmoid(model.adapter(batch.teacher_prob)).mean().item() == pytest.approx(
+    assert torch.sigmoid(model.adapters[0](batch.teacher_prob)).mean().item() == pytest.approx(
         label.mean().item(), abs=0.01
     )
 
@@ -126,19 +131,23 @@ def test_algorithm_1_step_by_step(has_own_head):
     hooks = Hooks(before_step=make_adapter_step(model, state.adapter_optimizer))
     fit(state, batches, make_objective(model, auxiliary=model), LoopConfig(optim=OPTIM), 4, hooks)
 
-    of_adapter = torch.optim.Adam(twin.adapter.parameters(), lr=0.1)
-    others = [p for name, p in twin.named_parameters() if not name.startswith("adapter.")]
+    of_adapter = torch.optim.Adam(twin.adapters.parameters(), lr=0.1)
+    others = [p for name, p in twin.named_parameters() if not name.startswith("adapters.")]
     of_vm = torch.optim.AdamW(others, lr=0.01, weight_decay=0.0)
     bce = functional.binary_cross_entropy_with_logits
     for number, batch in enumerate(batches):
         teacher = batch.teacher_prob
         of_adapter.zero_grad()
-        bce(twin.adapter(teacher), batch.label[:, 0]).backward()  # 1
+        bce(twin.adapters[0](teacher), batch.label[:, 0]).backward()  # 1
         of_adapter.step()
-        fresh = torch.sigmoid(twin.adapter(teacher)).detach()  # 2
+        fresh = torch.sigmoid(twin.adapters[0](teacher)).detach()  # 2
         out = twin(batch)
         loss = bce(out.logit[:, 0], batch.label[:, 0]) + bce(out.logit[:, 1], batch.label[:, 1])
-        loss = loss + bce(out.distilled, (1.2 * teacher).clamp_max(1)) + bce(out.adapted, fresh)
+        loss = (
+            loss
+            + bce(out.distilled[:, 0], (1.2 * teacher).clamp_max(1))
+            + bce(out.adapted[:, 0], fresh)
+        )
         for group in of_vm.param_groups:
             group["lr"] = 0.01 * max(0.1, (4 - number) / 1.2) if 4 - number < 1.2 else 0.01
         of_vm.zero_grad()
@@ -153,17 +162,17 @@ def test_algorithm_1_step_by_step(has_own_head):
 def test_the_adapter_moves_in_its_own_step_alone():
     model, batch = make(), make_batch()
     optimizer = build_optimizer(OPTIM, model)
-    before = copy.deepcopy(model.adapter.state_dict())
+    before = copy.deepcopy(model.adapters.state_dict())
     make_objective(model, auxiliary=model)(batch).total.backward()
     optimizer.step()
     assert all(
-        torch.equal(value, before[name]) for name, value in model.adapter.state_dict().items()
+        torch.equal(value, before[name]) for name, value in model.adapters.state_dict().items()
     )
     vm = copy.deepcopy(model.vm.state_dict())
     make_adapter_step(model, build_adapter_optimizer(model))(batch)
     assert all(torch.equal(value, vm[name]) for name, value in model.vm.state_dict().items())
-    moved = model.adapter.state_dict()
-    assert not torch.equal(moved["out.bias"], before["out.bias"])
+    moved = model.adapters.state_dict()
+    assert not torch.equal(moved["0.out.bias"], before["0.out.bias"])
 
 
 def test_two_workers_take_the_adapters_step_of_one():
@@ -188,8 +197,8 @@ def test_two_workers_take_the_adapters_step_of_one():
             tensor.copy_(value)
 
     make_adapter_step(first, build_adapter_optimizer(first), add)(halves[0])
-    for name, value in first.adapter.state_dict().items():
-        torch.testing.assert_close(value, whole.adapter.state_dict()[name])
+    for name, value in first.adapters.state_dict().items():
+        torch.testing.assert_close(value, whole.adapters.state_dict()[name])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,3 +247,34 @@ def test_what_does_not_go_together_is_refused():
     object.__setattr__(batch, "teacher_prob", None)
     with pytest.raises(DataError, match="needs teacher predictions"):
         make_objective(model, auxiliary=model)(batch)
+
+
+def test_every_task_that_the_fm_predicts_is_distilled():
+    torch.manual_seed(0)
+    vm = build_vm(read_vm_config({"kind": "dnn", "embed_dim": 4, "hidden": [6, 5]}), SCHEMA)
+    model, batch = AuxiliaryVm(vm, FULL, num_taught=2), make_batch(num_rows=20)
+    with pytest.raises(DataError, match="teacher predictions of 2 tasks, found fewer"):
+        make_objective(model, auxiliary=model)(batch)
+    more = torch.rand(20, 1)
+    batch = replace(batch, teacher_more=more)
+    out = model(batch)
+    assert out.distilled.shape == out.adapted.shape == (20, 2)
+    found = make_objective(model, auxiliary=model)(batch).total.item()
+    expected = 0.0
+    for task, prob in enumerate((batch.teacher_prob, more[:, 0])):
+        fresh = torch.sigmoid(model.adapters[task](prob))
+        expected += logloss(out.logit[:, task], batch.label[:, task])
+        expected += 2.0 * logloss(out.distilled[:, task], (1.5 * prob).clamp_max(1))
+        expected += 0.5 * logloss(out.adapted[:, task], fresh)
+    assert found == pytest.approx(expected, rel=1e-6)
+    # each task has an adapter of its own, which learns its own labels
+    step = make_adapter_step(model, torch.optim.Adam(model.adapters.parameters(), lr=0.05))
+    label = torch.stack([torch.zeros(20), torch.ones(20)], 1)
+    for _ in range(60):
+        step(replace(batch, label=label))
+    assert model.adapters[0](batch.teacher_prob).max() < model.adapters[1](more[:, 0]).min()
+
+    plain, kd = make_objective(vm)(batch).total, make_objective(vm, kd_weight=2.0)(batch).total
+    logit = vm(batch)
+    follows = logloss(logit[:, 0], batch.teacher_prob) + logloss(logit[:, 1], more[:, 0])
+    assert (kd - plain).item() == pytest.approx(2.0 * follows, rel=1e-5)

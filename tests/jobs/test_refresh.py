@@ -18,6 +18,7 @@ from loopfm_ray.history.audit import audit
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.jobs.refresh import SpliceTask, _Newer, plan_generations, splice_bucket
 from loopfm_ray.store.codes import CodeSpec, decode, quantize
+from loopfm_ray.store.compact import compact
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.offline import LatentsWriter
 from loopfm_ray.store.reader import LatentsReader
@@ -219,6 +220,7 @@ def test_each_example_is_scored_once_by_the_snapshot_of_its_time(scored, tmp_pat
     gap = np.abs(latents - KNOWN[found["example_id"]])
     assert (gap <= step / 2 + 2e-3)[inside].all()
 
+    compact(scored.writer.final_dir)  # which keeps who scored what
     settings = JoinSettings(worlds.MAX_LEN)
     where = (tmp_path / "prepared", scored.writer.final_dir, tmp_path / "joined")
     span = TimeRange(worlds.FM_STOP + 1, worlds.STOP)

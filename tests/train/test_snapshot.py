@@ -49,7 +49,7 @@ def test_round_trip_gives_the_same_latents_and_bytes(snapshot, tmp_path):
     assert loaded.version == manifest.version
     first, second = Embedder(snapshot)(make_batch()), Embedder(loaded)(make_batch())
     np.testing.assert_array_equal(first.latents, second.latents)
-    np.testing.assert_array_equal(first.fm_prob, second.fm_prob)
+    np.testing.assert_array_equal(first.fm_probs, second.fm_probs)
 
 
 def test_the_id_depends_on_weights_and_spec(snapshot):
@@ -69,7 +69,10 @@ def test_embedding_equals_the_steps_by_hand(snapshot):
     latent = snapshot.bottleneck.encode(out.layers["hidden_0"]).detach().numpy()
     assert result.latents.shape == (12, 4)
     np.testing.assert_allclose(result.latents, latent, atol=1e-6)
-    np.testing.assert_allclose(result.fm_prob, torch.sigmoid(out.logit[:, 0]).detach(), rtol=1e-6)
+    np.testing.assert_allclose(result.fm_probs, torch.sigmoid(out.logit).detach(), rtol=1e-6)
+    columns = result.columns(("label", "long_view"))
+    assert list(columns) == ["fm_prob", "fm_prob_long_view"]
+    np.testing.assert_array_equal(columns["fm_prob_long_view"], result.fm_probs[:, 1])
 
 
 def test_embedding_does_not_read_the_label(snapshot):

@@ -12,10 +12,14 @@ from loopfm_ray.data.config import (
     CompleteJourneyConfig,
     EntityConfig,
     EventsConfig,
+    TaskColumn,
 )
 from loopfm_ray.errors import ConfigError
 
 __all__ = ["complete_journey_events"]
+
+_TASKS = {"coupon": "coupon_disc", "discount": "retail_disc"}
+"""The amount that tells each further label."""
 
 
 def complete_journey_events(config: CompleteJourneyConfig) -> EventsConfig:
@@ -40,6 +44,7 @@ def complete_journey_events(config: CompleteJourneyConfig) -> EventsConfig:
             item="product_id",
             event_ts="transaction_timestamp",
             categorical={"store": "store_id"},
+            tasks={name: TaskColumn(column=_TASKS[name]) for name in config.tasks},
         ),
         items=EntityConfig(
             path=str(folder / "products.parquet"),
