@@ -86,9 +86,9 @@ def write_log(folder: Path, args: argparse.Namespace) -> Files:
                 write_rows(rows, staged / shard_path(block, bucket), Rule())
                 asked = rows.filter(pa.array(~rows.column("is_event").to_numpy()))
                 path = folder / "examples" / f"bucket={bucket:03d}" / f"period={block:04d}.parquet"
-                write_parquet(asked.select(["example_id", "user", "event_ts"]), path)
+                write_parquet(asked.select(["example_id", "user", "event_ts", "label_ts"]), path)
                 files.setdefault(bucket, []).append((block, path))
-        meta = {"code_spec": SPEC.to_tree(), "latents_format": LATENTS_FORMAT}
+        meta = {"code_spec": SPEC.to_tree(), "latents_format": LATENTS_FORMAT, "delay_us": 0}
         commit(
             staged,
             kind="latents",

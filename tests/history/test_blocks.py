@@ -108,14 +108,18 @@ def write_log(folder, log):
             write_rows(table, staged / shard_path(number, 0), Rule())
             path = folder / f"examples/period={number:04d}.parquet"
             shuffled = table.take(pa.array(rng.permutation(table.num_rows)))
-            asked = shuffled.select(["item", "event_ts", "example_id", "user"])
+            asked = shuffled.select(["item", "event_ts", "label_ts", "example_id", "user"])
             ids = asked.column("example_id").to_numpy()
             asked = asked.append_column("click", pa.array((ids % 2).astype(np.float32)))
             asked = asked.append_column("kind", pa.array((ids % 5).astype(np.int32)))
             text = pa.array([None if row % 3 == 0 else [row] * (row % 4) for row in rows])
             write_parquet(asked.append_column("list", text), path)
             examples.append((number, path))
-        meta = {"code_spec": worlds.SPEC.to_tree(), "latents_format": LATENTS_FORMAT}
+        meta = {
+            "code_spec": worlds.SPEC.to_tree(),
+            "latents_format": LATENTS_FORMAT,
+            "delay_us": 0,
+        }
         commit(
             staged, kind="latents", config_hash="x", inputs={}, meta=meta, num_rows=len(log.user)
         )

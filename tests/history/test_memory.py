@@ -87,14 +87,18 @@ def write_log(folder, num_periods, share):
             arrays = [pa.array(values[f.name]).cast(f.type) for f in schema]
             table = pa.Table.from_arrays(arrays, schema=schema)
             write_rows(table, staged / shard_path(period, 0), Rule())
-            asked = table.select(["example_id", "user", "item", "event_ts"])
+            asked = table.select(["example_id", "user", "item", "event_ts", "label_ts"])
             write_parquet(asked, folder / f"examples/{period}.parquet")
         commit(
             staged,
             kind="latents",
             config_hash="x",
             inputs={},
-            meta={"code_spec": worlds.SPEC.to_tree(), "latents_format": LATENTS_FORMAT},
+            meta={
+                "code_spec": worlds.SPEC.to_tree(),
+                "latents_format": LATENTS_FORMAT,
+                "delay_us": 0,
+            },
             num_rows=PERIOD_ROWS * num_periods,
         )
 
