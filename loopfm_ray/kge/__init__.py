@@ -1,0 +1,1 @@
+"""Knowledge graph embedding: triples, backbones, losses, negatives, filtered ranks and training."""
