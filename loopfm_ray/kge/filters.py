@@ -50,7 +50,9 @@ class Answers:
         codes = rows * self.num_entities + self.values
         wanted = self._rows(entity, relation) * self.num_entities + answer
         places = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
-        return (codes[places] == wanted) & (self.counts(entity, relation) > 0)
+        found: NDArray[np.bool_] = codes[places] == wanted
+        found &= self.counts(entity, relation) > 0
+        return found
 
     def _rows(self, entity: Ids, relation: Ids) -> Ids:
         """Return [B] the number of each question; of an unknown one, that of another."""
