@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge import comparisons
 from loopfm_ray.kge.models import BACKBONES, build_kge, read_kge_config
 from loopfm_ray.kge.regularizers import dura, n3
 from tests.kge import twins
+from tests.kge.memory import Largest
 
 E, R = 7, 2
 CASES = {
@@ -167,21 +167,6 @@ def test_a_distance_of_zero_has_a_gradient(name):
     model.score_tails(ids(0, 1), ids(0, 1)).sum().backward()
     model.score_tails(ids(0, 1), ids(0, 1), ids([2, 3], [4, 1])).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("name", CASES)
