@@ -124,7 +124,7 @@ def build_transe(config: TranseConfig, size: GraphSize) -> KgeModel:
     """Build TransE, `-|h + r - t|` in the L1 or L2 norm.
 
     First values are uniform in +-(gamma + 2) / D, as in RotatE's code, which published TransE's usual figures; entities are not
-    kept on the unit sphere as in the first paper. Source: Bordes et al. 2013 (NIPS), equation 1; Sun
+    kept on the unit sphere as in the first paper. Source: Bordes et al. 2013 (NIPS), section 2; Sun
     et al. 2019, arXiv 1902.10197 (code DeepGraphLearning/KnowledgeGraphEmbedding).
     """
     bound = (config.init_margin + _EPSILON) / config.dimension
