@@ -1,0 +1,210 @@
+"""What training minimises: questions in both directions, one of the losses, and a regulariser.
+
+Every triple asks two questions, (h, r, ?) and (t, r + R, ?). A backbone with reciprocal relations answers both as tails; one
+without answers the second with its heads of (?, r, t).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from loopfm_ray.config import Config
+from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.filters import Answers, index_facts
+from loopfm_ray.kge.losses import (
+    k_vs_all_bce,
+    margin_ranking,
+    one_vs_all_cross_entropy,
+    self_adversarial,
+)
+from loopfm_ray.kge.negatives import FilteredNegatives, uniform_negatives
+from loopfm_ray.kge.regularizers import dura, n3
+from loopfm_ray.kge.triples import TripleSet
+
+__all__ = [
+    "AnyLossConfig",
+    "KVsAllConfig",
+    "LossConfig",
+    "MarginConfig",
+    "Objective",
+    "OneVsAllConfig",
+    "RegularizerConfig",
+    "SelfAdversarialConfig",
+    "make_objective",
+    "score_answers",
+]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Ids = NDArray[np.int64]
+
+
+class OneVsAllConfig(Config):
+    """Cross entropy of each true answer against all entities."""
+
+    kind: Literal["one_vs_all"] = "one_vs_all"
+
+
+class KVsAllConfig(Config):
+    """Binary cross entropy of all entities, for each distinct question once."""
+
+    kind: Literal["k_vs_all"] = "k_vs_all"
+    label_smoothing: Share = 0.1
+    """Share of the label that is spread over all entities."""
+
+
+class _SampledConfig(Config):
+    num_negatives: PositiveInt = 64
+    """False answers drawn for each true one."""
+    margin: NonNegativeFloat = 9.0
+    """gamma."""
+    is_filtered: bool = False
+    """Whether known answers are never drawn."""
+
+
+class SelfAdversarialConfig(_SampledConfig):
+    """RotatE's loss: drawn answers weighted by how well they score."""
+
+    kind: Literal["self_adversarial"] = "self_adversarial"
+    temperature: NonNegativeFloat = 1.0
+    """alpha; 0 weighs all alike."""
+
+
+class MarginConfig(_SampledConfig):
+    """A true answer is to score better than each drawn one by a margin."""
+
+    kind: Literal["margin"] = "margin"
+
+
+SampledConfig = SelfAdversarialConfig | MarginConfig
+AnyLossConfig = OneVsAllConfig | KVsAllConfig | SampledConfig
+LossConfig = Annotated[AnyLossConfig, Field(discriminator="kind")]
+"""The config of a loss, told by its `kind`."""
+
+
+class RegularizerConfig(Config):
+    """A penalty on the factors of the triples of each batch."""
+
+    kind: Literal["n3", "dura"] = "n3"
+    """Which one; DURA is for bilinear backbones."""
+    weight: NonNegativeFloat = 0.05
+    """What it is multiplied by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The loss of batches of training rows."""
+
+    loss: AnyLossConfig
+    regularizer: RegularizerConfig | None
+    rows: Ids
+    """[m, 3] entity, relation under 2R, answer: each triple both ways."""
+    known: Answers
+    """The answers of each distinct question of the rows."""
+    filtered: FilteredNegatives | None
+    """Draws negatives where the loss wants them filtered."""
+
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows an epoch has: distinct questions for k-vs-all, else answers."""
+        return len(self.known.keys) if self.loss.kind == "k_vs_all" else len(self.rows)
+
+    def batch_loss(self, model: KgeModel, batch: Ids, generator: np.random.Generator) -> Tensor:
+        """Return [] the loss of rows batch [B], numbers under `num_rows`; negatives are drawn from `generator`."""
+        if isinstance(self.loss, KVsAllConfig):
+            return self._loss_of_questions(model, self.loss, batch)
+        entity, relation, answer = (np.ascontiguousarray(part) for part in self.rows[batch].T)
+        asked = _to(model, entity, relation, answer)
+        if isinstance(self.loss, OneVsAllConfig):
+            loss = one_vs_all_cross_entropy(score_answers(model, *asked[:2]), asked[2])
+            return loss + self._penalty(model, *asked)
+        drawn = self._draw(self.loss, generator, entity, relation)
+        (candidates,) = _to(model, np.concatenate([answer[:, None], drawn], axis=1))
+        scores = score_answers(model, asked[0], asked[1], candidates)
+        return _sampled_loss(self.loss, scores) + self._penalty(model, *asked)
+
+    def _loss_of_questions(self, model: KgeModel, config: KVsAllConfig, batch: Ids) -> Tensor:
+        entity, relation = np.divmod(self.known.keys[batch], self.known.num_relations)
+        row, answer = self.known.pairs(entity, relation)
+        scores = score_answers(model, *_to(model, entity, relation))
+        places, answers = _to(model, row, answer)
+        loss = k_vs_all_bce(scores, places, answers, config.label_smoothing)
+        asked = _to(model, entity[row], relation[row])
+        return loss + self._penalty(model, asked[0], asked[1], answers)
+
+    def _draw(
+        self, config: SampledConfig, generator: np.random.Generator, entity: Ids, relation: Ids
+    ) -> Ids:
+        num = config.num_negatives
+        if self.filtered is not None:
+            return self.filtered.draw(generator, entity, relation, num)
+        return uniform_negatives(generator, len(entity), num, self.known.num_entities)
+
+    def _penalty(
+        self, model: KgeModel, entity: Tensor, relation: Tensor, answer: Tensor
+    ) -> Tensor | float:
+        if self.regularizer is None:
+            return 0.0
+        head, tail = entity, answer
+        if not model.size.is_reciprocal:
+            is_head = relation >= model.num_relations
+            head, tail = torch.where(is_head, answer, entity), torch.where(is_head, entity, answer)
+            relation = relation % model.num_relations
+        penalty = n3 if self.regularizer.kind == "n3" else dura
+        return self.regularizer.weight * penalty(model.factors(head, relation, tail))
+
+
+def make_objective(
+    graph: TripleSet,
+    loss: AnyLossConfig,
+    regularizer: RegularizerConfig | None = None,
+) -> Objective:
+    """Prepare the training triples of a graph for a loss.
+
+    Raises:
+        DataError: negatives are to be filtered, and a question has every entity as an answer.
+    """
+    rows = graph.with_reciprocals("train")
+    known = index_facts(rows, graph.num_entities, 2 * graph.num_relations).tails
+    is_filtered = isinstance(loss, SampledConfig) and loss.is_filtered
+    filtered = FilteredNegatives(known) if is_filtered else None
+    return Objective(loss, regularizer, rows, known, filtered)
+
+
+def score_answers(
+    model: KgeModel, entity: Tensor, relation: Tensor, candidates: Tensor | None = None
+) -> Tensor:
+    """Return [B, E], or [B, K] of candidates [B, K], for questions entity [B] and relation [B] under 2R.
+
+    The second half of the relations asks for heads: through reciprocal relations where the backbone has them.
+    """
+    if model.size.is_reciprocal:
+        return model.score_tails(entity, relation, candidates)
+    is_head = relation >= model.num_relations
+    of_tails, of_heads = torch.nonzero(~is_head)[:, 0], torch.nonzero(is_head)[:, 0]
+
+    def chosen(rows: Tensor) -> Tensor | None:
+        return None if candidates is None else candidates[rows]
+
+    tails = model.score_tails(entity[of_tails], relation[of_tails], chosen(of_tails))
+    heads = model.score_heads(
+        relation[of_heads] - model.num_relations, entity[of_heads], chosen(of_heads)
+    )
+    place = torch.argsort(torch.cat([of_tails, of_heads]))
+    return torch.cat([tails, heads])[place]
+
+
+def _sampled_loss(config: SampledConfig, scores: Tensor) -> Tensor:
+    """Return [] the loss of scores [B, 1 + N], the true answer first."""
+    positive, negative = scores[:, 0], scores[:, 1:]
+    if isinstance(config, MarginConfig):
+        return margin_ranking(positive, negative, config.margin)
+    return self_adversarial(positive, negative, config.margin, config.temperature)
+
+
+def _to(model: KgeModel, *arrays: Ids) -> list[Tensor]:
+    return [torch.from_numpy(array).to(model.entity.device) for array in arrays]

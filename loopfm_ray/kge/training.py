@@ -1,0 +1,186 @@
+"""Train a backbone on a graph: epochs in seeded order, filtered validation MRR, early stopping, exact resume.
+
+Every epoch begins from a seed made of the config's seed and its number, so an interrupted training that goes on from a
+checkpoint ends in the same bits, on the same machine and number of threads.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from loopfm_ray.config import Config, config_hash
+from loopfm_ray.errors import MetricError
+from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.checkpoint import KgePoint, KgeState, load_kge_state, save_kge_state
+from loopfm_ray.kge.filters import KnownFacts, index_facts
+from loopfm_ray.kge.models import AnyKgeConfig, build_kge
+from loopfm_ray.kge.objectives import (
+    LossConfig,
+    Objective,
+    OneVsAllConfig,
+    RegularizerConfig,
+    make_objective,
+)
+from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
+from loopfm_ray.kge.triples import TripleSet
+
+__all__ = ["KgeTrainConfig", "TrainedKge", "train_kge"]
+
+
+class KgeTrainConfig(Config):
+    """How a backbone is trained; the defaults are those of ComplEx-N3."""
+
+    loss: LossConfig = Field(default=OneVsAllConfig())
+    """What is minimised."""
+    regularizer: RegularizerConfig | None = Field(default=None)
+    """Penalty beside the loss; null leaves it out."""
+    optimizer: Literal["adagrad", "adam"] = "adagrad"
+    """Adagrad is usual with 1-vs-all, Adam with the others."""
+    lr: PositiveFloat = 0.1
+    """Learning rate."""
+    batch_size: PositiveInt = 1000
+    """Rows of a step: questions with one answer, or with all of theirs in k-vs-all."""
+    epochs: PositiveInt = 100
+    """Passes over the training rows, at most."""
+    eval_every: PositiveInt = 5
+    """Epochs between evaluations on the validation triples."""
+    patience: PositiveInt | None = None
+    """Evaluations without a better MRR after which training stops; null never stops early."""
+    seed: NonNegativeInt = 0
+    """Of the first values, the order of rows, negatives and dropout."""
+
+
+@dataclass(frozen=True)
+class TrainedKge:
+    """Result of `train_kge`."""
+
+    model: KgeModel
+    """With the weights of the best validation MRR, in evaluation."""
+    best_mrr: float
+    """Validation MRR of these weights, all triples ranked."""
+    best_epoch: int
+    """Epochs after which they were reached."""
+    num_epochs: int
+    """Epochs trained in all."""
+    curve: tuple[KgePoint, ...]
+    """Every evaluation."""
+
+
+def train_kge(
+    graph: TripleSet,
+    backbone: AnyKgeConfig,
+    config: KgeTrainConfig,
+    checkpoint: Path | None = None,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> TrainedKge:
+    """Train a backbone on the training triples, from a checkpoint where there is one.
+
+    Torch's random state is left as it was, but for that of an accelerator.
+
+    Args:
+        graph: train and validation triples are used; those of test only as facts that ranks leave out.
+        backbone: what is trained.
+        config: how.
+        checkpoint: a file that is written at every evaluation and gone on from; a larger `epochs` trains on.
+        device: where to train.
+        on_epoch: called after every epoch with its number and mean loss.
+
+    Raises:
+        MetricError: the loss or a score is not finite.
+        StoreError: the checkpoint is damaged or of another training.
+        ConfigError: the backbone, regulariser and loss do not go together.
+        DataError: negatives are to be filtered, and a question has every entity as an answer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_kge(backbone, graph.num_entities, graph.num_relations).to(device)
+        state = KgeState(model, _optimizer(config, model), _key(graph, backbone, config))
+        if checkpoint is not None and checkpoint.exists():
+            load_kge_state(state, checkpoint)
+        objective = make_objective(graph, config.loss, config.regularizer)
+        known = index_facts(graph.all_triples(), graph.num_entities, graph.num_relations)
+        progress = state.progress
+        while progress.epoch < config.epochs and not progress.is_stopped:
+            loss = _train_epoch(model, state.optimizer, objective, config, progress.epoch)
+            progress.epoch += 1
+            if progress.epoch % config.eval_every == 0 or progress.epoch == config.epochs:
+                _evaluate(state, model, graph, known, loss)
+                is_late = config.patience is not None and progress.num_worse >= config.patience
+                progress.is_stopped = is_late
+                if checkpoint is not None:
+                    save_kge_state(state, checkpoint)
+            if on_epoch is not None:
+                on_epoch(progress.epoch, loss)
+    if state.best_weights is not None:
+        model.load_state_dict(state.best_weights)
+    return TrainedKge(
+        model.eval(),
+        progress.best_mrr,
+        progress.best_epoch,
+        progress.epoch,
+        tuple(progress.curve),
+    )
+
+
+def _train_epoch(
+    model: KgeModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    config: KgeTrainConfig,
+    epoch: int,
+) -> float:
+    """Take one pass over the rows; return the mean loss of its batches."""
+    generator = np.random.default_rng([config.seed, epoch])
+    torch.manual_seed(int(generator.integers(2**62)))
+    order = generator.permutation(objective.num_rows)
+    model.train()
+    losses = []
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        loss = objective.batch_loss(model, batch, generator)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise MetricError(
+            f"the training loss is {mean} in epoch {epoch + 1}; lower lr or the weight of the regulariser"
+        )
+    return mean
+
+
+def _evaluate(
+    state: KgeState, model: KgeModel, graph: TripleSet, known: KnownFacts, loss: float
+) -> None:
+    """Rank the validation triples, note the point, and keep the weights if they are the best."""
+    ranks = rank_triples(model, graph.valid, known, device=model.entity.device)
+    mrr, progress = summarize_ranks(ranks).mrr, state.progress
+    progress.curve.append(KgePoint(progress.epoch, loss, mrr))
+    progress.num_worse += 1
+    if mrr > progress.best_mrr:
+        progress.best_mrr, progress.best_epoch, progress.num_worse = mrr, progress.epoch, 0
+        state.best_weights = {
+            name: value.detach().cpu().clone() for name, value in model.state_dict().items()
+        }
+
+
+def _optimizer(config: KgeTrainConfig, model: KgeModel) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=config.lr)
+    return torch.optim.Adagrad(model.parameters(), lr=config.lr)
+
+
+def _key(graph: TripleSet, backbone: AnyKgeConfig, config: KgeTrainConfig) -> str:
+    """Return a hash of all that the training depends on but its length."""
+    how = config.model_dump(mode="json", exclude={"epochs"})
+    data = [zlib.crc32(graph.split(name).tobytes()) for name in ("train", "valid")]
+    return config_hash(backbone, how, [graph.num_entities, graph.num_relations, *data])
