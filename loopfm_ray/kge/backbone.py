@@ -21,6 +21,9 @@ __all__ = [
     "uniform",
 ]
 
+_SMALLEST = 1e-24
+"""Squared moduli below it count as it: the root has no gradient at 0."""
+
 Even = Annotated[int, Field(gt=0, multiple_of=2)]
 
 
@@ -197,7 +200,7 @@ class KgeModel(nn.Module):
         if not self.relations.is_complex:
             return vectors
         real, imaginary = vectors.chunk(2, -1)
-        return torch.hypot(real, imaginary)
+        return (real.square() + imaginary.square()).clamp_min(_SMALLEST).sqrt()
 
     def _scores(
         self,

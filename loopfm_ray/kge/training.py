@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from loopfm_ray.config import Config, config_hash
@@ -143,8 +144,7 @@ def _train_epoch(
     order = generator.permutation(objective.num_rows)
     model.train()
     losses = []
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
+    for batch in _batches(order, config.batch_size):
         loss = objective.batch_loss(model, batch, generator)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
@@ -156,6 +156,14 @@ def _train_epoch(
             f"the training loss is {mean} in epoch {epoch + 1}; lower lr or the weight of the regulariser"
         )
     return mean
+
+
+def _batches(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Cut rows into batches; one that is left over goes with the batch before it, as batch norm needs two."""
+    stops = list(range(size, len(order), size))
+    if stops and len(order) - stops[-1] == 1:
+        stops.pop()
+    return np.split(order, stops)
 
 
 def _evaluate(

@@ -115,7 +115,8 @@ class _Motion(nn.Module):
         return functional.embedding(relation, self.translation)
 
     def _rotation(self, relation: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = functional.embedding(relation, self.rotation).view(len(relation), 2, -1)
+        half = self.rotation.shape[1] // 2
+        pairs = functional.embedding(relation, self.rotation).view(-1, 2, half)
         cosine, sine = functional.normalize(pairs, dim=1).unbind(1)
         return cosine, sine
 

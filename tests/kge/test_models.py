@@ -253,6 +253,15 @@ def test_n3_by_hand():
     torch.testing.assert_close(n3(model.factors(h, r, t)), expected / 2)
 
 
+def test_regularisers_of_a_vector_of_zeros_have_a_gradient():
+    model = make("complex").float()
+    with torch.no_grad():
+        model.entity.zero_()
+    factors = model.factors(ids(0), ids(0), ids(1))
+    (n3(factors) + dura(factors)).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["distmult", "complex"])
 def test_dura_of_diagonal_matrices_is_that_of_the_authors_code(name):
     model = make(name)

@@ -64,6 +64,8 @@ def test_questions_of_both_directions_are_answered_in_their_order(is_reciprocal,
     candidates = torch.randint(0, E, (5, 3))
     chosen = score_answers(model, entity, relation, candidates)
     torch.testing.assert_close(chosen, found.gather(1, candidates))
+    for rows in ([0, 2], [1, 3, 4]):  # questions of one direction alone
+        torch.testing.assert_close(score_answers(model, entity[rows], relation[rows]), found[rows])
 
 
 @pytest.mark.parametrize("is_reciprocal", [True, False])

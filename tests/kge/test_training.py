@@ -9,6 +9,7 @@ from loopfm_ray.config import validate
 from loopfm_ray.errors import ConfigError, MetricError, StoreError
 from loopfm_ray.kge.filters import index_facts
 from loopfm_ray.kge.models import read_kge_config
+from loopfm_ray.kge.objectives import KVsAllConfig, make_objective
 from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
 from loopfm_ray.kge.training import KgeTrainConfig, train_kge
 from loopfm_ray.kge.triples import index_triples, read_triples
@@ -116,6 +117,14 @@ def test_a_training_that_is_cut_goes_on_to_the_same_bits(name, tmp_path):
     assert same_bits(whole, rest)
     assert rest.curve == whole.curve
     assert (rest.best_mrr, rest.best_epoch) == (whole.best_mrr, whole.best_epoch)
+
+
+@pytest.mark.parametrize("name", ["conve", "tucker"])
+def test_one_row_that_is_left_over_is_trained_with_others(name):
+    num_rows = make_objective(ring(), KVsAllConfig()).num_rows
+    losses = []
+    fit(name, batch_size=num_rows - 1, on_epoch=lambda epoch, loss: losses.append(loss))
+    assert np.isfinite(losses).all()
 
 
 def test_a_finished_training_can_be_made_longer(tmp_path):
