@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,9 @@ def demo(
     _show(summary, settings, as_json)
 
 
-def _stage_command(name: str, text: str) -> None:
+def _stage_command(
+    name: str, text: str, show: Callable[[dict[str, Any]], None] | None = None
+) -> None:
     def command(
         config: ConfigArgument = None,
         overrides: SetOption = None,
@@ -108,7 +111,10 @@ def _stage_command(name: str, text: str) -> None:
 
         with show_progress() as progress:
             result = run_stages(settings, name, fresh=fresh, progress=progress)
-        print_result(result, as_json)
+        if as_json or show is None:
+            print_result(result, as_json)
+        else:
+            show(result)
 
     command.__doc__ = text
     app.command(name)(command)
@@ -127,25 +133,17 @@ for _name, _text in {
     _stage_command(_name, _text)
 
 
-@app.command()
-def stream(
-    config: ConfigArgument = None,
-    overrides: SetOption = None,
-    fresh: FreshOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Train VMs day by day, each day predicted before it is learnt from; for every vertical (after join)."""
-    settings = load_pipeline(config, overrides, verbose)
-    from loopfm_ray.jobs.pipeline import run_stages
+def _show_stream(result: dict[str, Any]) -> None:
     from loopfm_ray.report.table import write_stream
 
-    with show_progress() as progress:
-        result = run_stages(settings, "stream", fresh=fresh, progress=progress)
-    if as_json:
-        print_result(result, as_json)
-        return
     write_stream(result, sys.stdout)
+
+
+_stage_command(
+    "stream",
+    "Train VMs day by day, each day predicted before it is learnt from; for every vertical (after join).",
+    _show_stream,
+)
 
 
 @app.command()

@@ -143,7 +143,7 @@ def headline(
     ratio, of_kd = _mean_known(best, "transfer_ratio"), _mean_known(kd, "transfer_ratio")
     return {
         "relative_auc_gain_over_kd": statistics.fmean(gains) if gains else None,
-        "max_p_over_kd": max(ps) if ps and None not in ps else None,
+        "max_p_over_kd": _largest(ps),
         "transfer_ratio": ratio,
         "transfer_ratio_kd": of_kd,
         "transfer_ratio_over_kd": ratio / of_kd if ratio is not None and of_kd else None,
@@ -191,7 +191,7 @@ def stream_headline(
     }
     return {
         f"ne_gain_{best}_over_kd": gain(best, kd),
-        f"max_p_ne_{best}_over_kd": max(ps) if ps and None not in ps else None,
+        f"max_p_ne_{best}_over_kd": _largest(ps),
         "ne_gain_by_method": {arm: gain(arm, roles.baseline) for arm in arms},
         "calibration_by_method": calibration,
     }
@@ -290,3 +290,9 @@ def _shared(tests: Sequence[Record]) -> list[str]:
 def _mean_known(trees: Iterable[Mapping[str, Any]], name: str) -> float | None:
     values = [tree[name] for tree in trees]
     return statistics.fmean(values) if values and None not in values else None
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    """Return the largest value; None without any, or where one is not known."""
+    known = [value for value in values if value is not None]
+    return max(known) if known and len(known) == len(values) else None

@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopfm_ray.errors import MetricError
-from loopfm_ray.metrics.binary import BinarySums
+from loopfm_ray.metrics.binary import BinarySums, sigmoid
 from loopfm_ray.train.evaluate import Predictions, binary_metrics
 
-__all__ = ["EPSILON", "measure_stream", "teacher_logit"]
+__all__ = ["measure_stream", "teacher_logit"]
 
-EPSILON = 1e-7
+_EPSILON = 1e-7
 _NAMES = ("ne", "auc", "logloss", "calibration")
 
 Rows = Mapping[str, NDArray[Any]]
@@ -21,7 +21,7 @@ Json = dict[str, Any]  # Any: JSON
 
 def teacher_logit(prob: NDArray[Any]) -> NDArray[np.float64]:
     """Return the logits [n] of the FM's probabilities."""
-    clipped = np.clip(prob.astype(np.float64), EPSILON, 1 - EPSILON)
+    clipped = np.clip(prob.astype(np.float64), _EPSILON, 1 - _EPSILON)
     logit: NDArray[np.float64] = np.log(clipped / (1 - clipped))
     return logit
 
@@ -64,7 +64,7 @@ def _metrics(rows: Rows, logit: NDArray[Any], mask: NDArray[np.bool_]) -> Json:
 
 
 def _chunks(rows: Rows) -> list[Json]:
-    prob = 1 / (1 + np.exp(-rows["logit"].astype(np.float64)))
+    prob = sigmoid(rows["logit"])
     chunks = []
     for number in np.unique(rows["chunk"]):
         mask = rows["chunk"] == number

@@ -29,7 +29,7 @@ from loopfm_ray.history.settings import JoinStats, JoinTask
 from loopfm_ray.history.slices import Histories, SlicePlan, numpy_columns
 from loopfm_ray.history.spill import Answers
 from loopfm_ray.store.cache import VersionFile
-from loopfm_ray.store.manifest import disk_errors, read_manifest
+from loopfm_ray.store.manifest import disk_errors
 from loopfm_ray.store.reader import LatentsReader
 from loopfm_ray.store.rows import prob_column
 from loopfm_ray.store.shards import SORT_KEYS
@@ -63,9 +63,9 @@ class _BucketJoin:
     def __init__(self, task: JoinTask, stack: ExitStack) -> None:
         """Begin with nothing; `stack` closes the files."""
         self._task = task
-        tasks = LatentsReader(task.latents).tasks
+        latents = LatentsReader(task.latents)
         self._probs = {"fm_prob": "teacher_prob"}
-        self._probs |= {prob_column(one): teacher_prob_of(one) for one in tasks}
+        self._probs |= {prob_column(one): teacher_prob_of(one) for one in latents.tasks}
         self._rows = BucketRows(task, tuple(self._probs))
         history = history_schema(self._rows.spec, task.settings.side)
         plan = SlicePlan(history, self._rows.requests, SORT_KEYS, task.settings, task.out_dir)
@@ -76,7 +76,7 @@ class _BucketJoin:
         teacher = Answers(pa.schema(fields), task.out_dir, task.settings.block_rows)
         self._teacher = stack.enter_context(closing(teacher))
         self._keyed = [KeyedAnswers(task, key, stack) for key in task.settings.keys]
-        meta = read_manifest(task.latents).meta
+        meta = latents.manifest.meta
         self._teachers, self._delay_us = teachers_of(meta), int(meta["delay_us"])
         self._num_late_scores = 0
         self._num_missing = 0

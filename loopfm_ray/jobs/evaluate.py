@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from loopfm_ray.analysis.progressive import teacher_logit
 from loopfm_ray.analysis.slices import is_repeat, slice_masks
 from loopfm_ray.data.examples import ExampleSet, Rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
@@ -38,7 +39,6 @@ __all__ = [
     "write_record",
 ]
 
-_PROB_EPSILON = 1e-7
 _ROW_COLUMNS = ("example_id", "event_ts", "user", "item", "bucket", "label", "latent_len")
 
 
@@ -141,8 +141,8 @@ def _test_rows(requests: ExampleSet, window: TimeRange, *more: str) -> Rows:
 
 def _teacher(requests: ExampleSet, window: TimeRange) -> tuple[Predictions, Rows]:
     rows = _test_rows(requests, window, "teacher_prob")
-    prob = np.clip(rows["teacher_prob"].astype(np.float64), _PROB_EPSILON, 1 - _PROB_EPSILON)
-    return Predictions(np.log(prob / (1 - prob)), rows["label"], rows["user"]), rows
+    logit = teacher_logit(rows["teacher_prob"])
+    return Predictions(logit, rows["label"], rows["user"]), rows
 
 
 def _keep(predictions: Predictions, rows: Rows, path: Path) -> None:

@@ -10,7 +10,7 @@ from loopfm_ray.jobs.train_fm import FmSettings, fm_inputs, train_fm
 from loopfm_ray.store.filesystem import Location, absolute, remove_tree
 from loopfm_ray.store.manifest import Manifest, code_version, read_manifest
 
-__all__ = ["Making", "ensure_fm", "ensure_snapshots"]
+__all__ = ["Making", "clear", "ensure_fm", "ensure_snapshots"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ def ensure_fm(context: Context, making: Making) -> Manifest:
     key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
     work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
     if context.fresh:
-        for leftover in (work, checkpoints):
-            remove_tree(leftover)
+        clear(work, checkpoints)
     parent = None if making.parent_fm is None else absolute(making.parent_fm)
     train_fm(
         prepared,
@@ -54,8 +53,7 @@ def ensure_fm(context: Context, making: Making) -> Manifest:
         FmSettings(config.fm, making.windows, max_len, seed, settings, parent),
         context.progress,
     )
-    for leftover in (work, checkpoints):
-        remove_tree(leftover)
+    clear(work, checkpoints)
     return context.share(making.fm)
 
 
@@ -89,3 +87,9 @@ def ensure_snapshots(context: Context, makings: list[Making]) -> None:
     list(context.mapper("compress")(compress, todo))
     for task in todo:
         context.share(task.out_dir)
+
+
+def clear(*places: Location) -> None:
+    """Remove what a training kept while it ran."""
+    for place in places:
+        remove_tree(place)

@@ -28,10 +28,10 @@ from loopfm_ray.jobs.freshness import joined_freshness
 from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.publishing import run_publish
 from loopfm_ray.jobs.refresh import refreshed_latents
-from loopfm_ray.jobs.snapshots import Making, ensure_fm, ensure_snapshots
+from loopfm_ray.jobs.snapshots import Making, clear, ensure_fm, ensure_snapshots
 from loopfm_ray.jobs.train_vm import VmJob, train_vms
 from loopfm_ray.jobs.vm_inputs import vm_inputs
-from loopfm_ray.store.filesystem import Location, absolute, is_remote, remove_tree
+from loopfm_ray.store.filesystem import absolute, is_remote
 from loopfm_ray.store.manifest import (
     Manifest,
     read_manifest,
@@ -243,12 +243,12 @@ def run_train_vm(context: Context) -> dict[str, Any]:
     todo = [job for job in jobs if context.find(job.out_dir, job.config_hash, job.inputs) is None]
     work, checkpoints = config.paths.work / "vms", config.paths.checkpoints("vms")
     if context.fresh:
-        _clear(work, checkpoints)
+        clear(work, checkpoints)
     plan_file = work / "programs.json"
     if todo:
         parallel = config.ray.parallel_tasks
         train_vms(todo, absolute(checkpoints), plan_file, parallel, context.progress)
-    _clear(work, checkpoints)
+    clear(work, checkpoints)
     for job in todo:
         context.share(job.out_dir)
     return {f"seed={job.seed} {job.name}": read_manifest(job.out_dir).version for job in jobs}
@@ -318,12 +318,6 @@ def _read(path: Path) -> EvaluationRecord:
     if record is None:
         raise StoreError(f"{path} is not there; run `loopfm evaluate` with the same config first")
     return record
-
-
-def _clear(work: Path, checkpoints: Location) -> None:
-    """Remove what a training kept while it ran."""
-    remove_tree(work)
-    remove_tree(checkpoints)
 
 
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {

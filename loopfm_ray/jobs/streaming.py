@@ -36,20 +36,21 @@ from loopfm_ray.errors import ConfigError, LoopFMError
 from loopfm_ray.experiment_grid import cell_name
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
 from loopfm_ray.jobs.context import Context, needed, splits_of
+from loopfm_ray.jobs.evaluate import read_predictions
 from loopfm_ray.jobs.train_vm import VmData, trained_form
-from loopfm_ray.jobs.training import file_blocks
+from loopfm_ray.jobs.training import adapter_step, file_blocks
 from loopfm_ray.jobs.vm_inputs import vm_inputs
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.registry import build_vm
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location, absolute, remove_tree
 from loopfm_ray.store.manifest import code_version, read_manifest
-from loopfm_ray.store.tables import read_parquet, write_parquet
+from loopfm_ray.store.tables import write_parquet
 from loopfm_ray.train.loop import Hooks, LoopConfig
 from loopfm_ray.train.optim import build_adapter_optimizer, build_optimizer
 from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.state import TrainState, load_state, save_state
-from loopfm_ray.train.step import make_adapter_step, make_objective
+from loopfm_ray.train.step import make_objective
 from loopfm_ray.train.trained import TrainedVm, load_trained_vm, save_trained_vm
 from loopfm_ray.types import TimeRange
 
@@ -186,7 +187,10 @@ def _stream_one(job: StreamJob) -> Json:
         ),
         window=job.window,
         loop=loop,
-        hooks=_hooks(job, state, auxiliary),
+        hooks=Hooks(
+            on_checkpoint=lambda now: save_state(now, job.work / _STATE),
+            before_step=adapter_step(state),
+        ),
         collate=stream.collate,
         keep=_keeper(job),
         seed=job.seed,
@@ -208,9 +212,8 @@ def _stream_one(job: StreamJob) -> Json:
             data.latent_dim,
             PlattScaling(1.0, 0.0),  # a stream serves what it predicts
             {
-                "stream": record,
-                "num_steps": state.counters.step,
-                "rows_per_s": state.counters.num_rows / max(time.perf_counter() - started, 1e-9),
+                **record,
+                "train_rows_per_s": state.counters.num_rows / (time.perf_counter() - started),
             },
         ),
         config_hash=job.config_hash,
@@ -218,16 +221,6 @@ def _stream_one(job: StreamJob) -> Json:
         num_rows=state.counters.num_rows,
     )
     return record
-
-
-def _hooks(job: StreamJob, state: TrainState, auxiliary: AuxiliaryVm | None) -> Hooks:
-    def checkpoint(now: TrainState) -> None:
-        save_state(now, job.work / _STATE)
-
-    if auxiliary is None or state.adapter_optimizer is None:
-        return Hooks(on_checkpoint=checkpoint)
-    step = make_adapter_step(auxiliary, state.adapter_optimizer)
-    return Hooks(on_checkpoint=checkpoint, before_step=step)
 
 
 def _chunk_file(job: StreamJob, number: int) -> Path:
@@ -252,16 +245,13 @@ def _merge(job: StreamJob) -> Rows:
     Raises:
         ConfigError: the vertical has no rows.
     """
-    tables = [read_parquet(path) for path in sorted((job.work / "predictions").glob("*.parquet"))]
-    if not tables:
+    paths = sorted((job.work / "predictions").glob("*.parquet"))
+    if not paths:
         raise ConfigError(
             f"the vertical has no rows in the stream (stream.verticals.{job.vertical} is"
             f" {dict(job.where)}); widen it or take it out"
         )
-    parts = [
-        {name: table.column(name).to_numpy() for name in table.column_names} for table in tables
-    ]
-    return concat_rows(parts)
+    return concat_rows([read_predictions(path) for path in paths])
 
 
 def predictions_file(config: PipelineConfig, seed: int, vertical: str, name: str) -> Path:
@@ -340,7 +330,7 @@ def run_stream_stage(context: Context) -> Json:
     """
     config = context.config
     jobs = stream_jobs(config)
-    todo = [job for job in jobs if _record(context, job) is None]
+    todo = [job for job in jobs if not _is_done(context, job)]
     if context.fresh:
         for job in todo:
             shutil.rmtree(job.work, ignore_errors=True)
@@ -348,7 +338,7 @@ def run_stream_stage(context: Context) -> Json:
         remove_tree(job.work)
     result: Json = {}
     for job in jobs:
-        record = dict(_read(job))
+        record = _record(job.out_dir)
         record.pop("chunks")
         result.setdefault(f"seed={job.seed}", {}).setdefault(job.vertical, {})[job.name] = record
     return result
@@ -375,12 +365,11 @@ def stream_cells(
 
 def _cell_record(config: PipelineConfig, seed: int, vertical: str, name: str) -> Json:
     location = config.paths.stream(seed, vertical, name)
-    manifest, record = read_manifest(location), load_trained_vm(location).record
+    manifest, record = read_manifest(location), _record(location)
     return {
-        **{part: record["stream"][part] for part in ("test", "valid", "fm")},
+        **{part: record[part] for part in ("test", "valid", "fm", "train_rows_per_s")},
         "seed": seed,
         "num_parameters": manifest.meta["num_parameters"],
-        "train_rows_per_s": record["rows_per_s"],
     }
 
 
@@ -392,7 +381,7 @@ def stream_fm(config: PipelineConfig) -> Json:
     per_seed = {}
     for seed in config.seeds:
         files = [predictions_file(config, seed, vertical, name) for vertical in stream.verticals]
-        rows = concat_rows([_rows(path) for path in files])
+        rows = concat_rows([read_predictions(path) for path in files])
         _, once = np.unique(rows["example_id"], return_index=True)
         rows = {name: values[once] for name, values in rows.items()}
         per_seed[str(seed)] = measure_stream(rows, from_ts)["fm"]
@@ -406,19 +395,12 @@ def stream_fm(config: PipelineConfig) -> Json:
     }
 
 
-def _record(context: Context, job: StreamJob) -> Json | None:
-    """Return the metrics of a stream that is finished, else None."""
-    if not job.predictions.is_file():
-        return None
-    if context.current(job.out_dir, job.config_hash, job.inputs) is None:
-        return None
-    return _read(job)
+def _is_done(context: Context, job: StreamJob) -> bool:
+    """Return whether a stream is finished: its VM and its predictions are there."""
+    found = context.current(job.out_dir, job.config_hash, job.inputs)
+    return found is not None and job.predictions.is_file()
 
 
-def _read(job: StreamJob) -> Json:
-    return measure_stream(_rows(job.predictions), job.window.measure_from_ts)
-
-
-def _rows(path: Path) -> Rows:
-    table = read_parquet(path)
-    return {name: table.column(name).to_numpy() for name in table.column_names}
+def _record(location: Location) -> Json:
+    """Return what `measure_stream` found for a finished stream, and the speed of its training."""
+    return dict(load_trained_vm(location).record)

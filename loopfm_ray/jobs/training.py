@@ -39,6 +39,7 @@ __all__ = [
     "BlockSource",
     "Task",
     "Worker",
+    "adapter_step",
     "file_blocks",
     "finished_trainings",
     "gather_predictions",
@@ -163,7 +164,7 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
         on_checkpoint=recorder.checkpoint,
         evaluate=lambda: _valid_metrics(task),
         on_evaluation=recorder.evaluation,
-        **_adapter_hook(state, worker),
+        before_step=adapter_step(state, _sum_over_workers if worker.world_size > 1 else None),
     )
     total_steps = task.plan.num_steps * task.learning.epochs
     collated = (task.collate(rows) for rows in batches)
@@ -171,12 +172,16 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
     return report, recorder.curves
 
 
-def _adapter_hook(state: TrainState, worker: Worker) -> dict[str, Callable[[Batch], None]]:
-    """Return the hook that trains the student adapter of a VM that has one."""
+def adapter_step(
+    state: TrainState, reduce: Callable[[list[Tensor]], None] | None = None
+) -> Callable[[Batch], None]:
+    """Return what trains the student adapter on a batch before the VM's step; nothing where there is no adapter.
+
+    `reduce` sums tensors over all workers; none is a single worker.
+    """
     if state.adapter_optimizer is None or not isinstance(state.model, AuxiliaryVm):
-        return {}
-    reduce = _sum_over_workers if worker.world_size > 1 else None
-    return {"before_step": make_adapter_step(state.model, state.adapter_optimizer, reduce)}
+        return lambda _: None
+    return make_adapter_step(state.model, state.adapter_optimizer, reduce)
 
 
 def _sum_over_workers(tensors: list[Tensor]) -> None:

@@ -6,10 +6,10 @@ from typing import Annotated, Protocol
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loopfm_ray.config import Config
 from loopfm_ray.kge.comparisons import Comparison
+from loopfm_ray.models.embeddings import look_up
 
 __all__ = [
     "BaseKgeConfig",
@@ -194,7 +194,7 @@ class KgeModel(nn.Module):
         )
 
     def _vectors(self, ids: Tensor) -> Tensor:
-        return functional.embedding(ids, self.entity)
+        return look_up(self.entity, ids)
 
     def _lengths(self, vectors: Tensor) -> Tensor:
         if not self.relations.is_complex:

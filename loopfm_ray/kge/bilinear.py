@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge.backbone import BaseKgeConfig, Even, GraphSize, KgeModel, uniform
 from loopfm_ray.kge.comparisons import Dot
+from loopfm_ray.models.embeddings import look_up
 
 __all__ = [
     "ComplexConfig",
@@ -82,7 +82,7 @@ class _Diagonal(nn.Module):
         return tail * self.vectors(relation)
 
     def vectors(self, relation: Tensor) -> Tensor:
-        return functional.embedding(relation, self.weight)
+        return look_up(self.weight, relation)
 
 
 class _ComplexDiagonal(_Diagonal):
@@ -136,7 +136,7 @@ class _Core(nn.Module):
         return result
 
     def vectors(self, relation: Tensor) -> Tensor:
-        return functional.embedding(relation, self.weight)
+        return look_up(self.weight, relation)
 
     def _matrix(self, relation: Tensor) -> Tensor:
         width = self.core.shape[1]

@@ -11,6 +11,7 @@ from torch.nn import functional
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge.backbone import BaseKgeConfig, GraphSize, KgeModel
 from loopfm_ray.kge.comparisons import Dot
+from loopfm_ray.models.embeddings import look_up
 
 __all__ = ["ConveConfig", "build_conve"]
 
@@ -66,7 +67,7 @@ class _Convolution(nn.Module):
         raise AssertionError("build_conve refuses a model that would ask for this")
 
     def vectors(self, relation: Tensor) -> Tensor:
-        return functional.embedding(relation, self.weight)
+        return look_up(self.weight, relation)
 
 
 def build_conve(config: ConveConfig, size: GraphSize) -> KgeModel:

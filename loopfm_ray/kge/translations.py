@@ -11,6 +11,7 @@ from torch.nn import functional
 from loopfm_ray.kge.backbone import BaseKgeConfig, Even, GraphSize, KgeModel, uniform
 from loopfm_ray.kge.bilinear import complex_product
 from loopfm_ray.kge.comparisons import Comparison, Euclidean, Manhattan, Moduli, SquaredEuclidean
+from loopfm_ray.models.embeddings import look_up
 
 __all__ = [
     "RotateConfig",
@@ -69,7 +70,7 @@ class _Translation(nn.Module):
         return tail - self.vectors(relation)
 
     def vectors(self, relation: Tensor) -> Tensor:
-        return functional.embedding(relation, self.weight)
+        return look_up(self.weight, relation)
 
 
 class _Phases(nn.Module):
@@ -92,7 +93,7 @@ class _Phases(nn.Module):
         return None
 
     def _phase(self, relation: Tensor) -> Tensor:
-        return functional.embedding(relation, self.weight) * self.radians
+        return look_up(self.weight, relation) * self.radians
 
 
 class _Motion(nn.Module):
@@ -112,11 +113,11 @@ class _Motion(nn.Module):
         return complex_product(tail - self.vectors(relation), cosine, -sine)
 
     def vectors(self, relation: Tensor) -> Tensor:
-        return functional.embedding(relation, self.translation)
+        return look_up(self.translation, relation)
 
     def _rotation(self, relation: Tensor) -> tuple[Tensor, Tensor]:
         half = self.rotation.shape[1] // 2
-        pairs = functional.embedding(relation, self.rotation).view(-1, 2, half)
+        pairs = look_up(self.rotation, relation).view(-1, 2, half)
         cosine, sine = functional.normalize(pairs, dim=1).unbind(1)
         return cosine, sine
 
