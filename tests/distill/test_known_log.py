@@ -56,9 +56,10 @@ class Found:
     ne: float
     calibration: float
     per_seed: np.ndarray
+    teacher_calibration: float
 
 
-def make_log(seed, bias, delay):
+def make_log(seed, bias, delay, wave):
     rng = np.random.default_rng(seed)
     taste = rng.normal(size=(NUM_SEGMENTS + 1, 4))
     quality, topic = rng.normal(0, 0.5, NUM_ITEMS + 1), rng.normal(size=(NUM_ITEMS + 1, 4))
@@ -68,7 +69,7 @@ def make_log(seed, bias, delay):
     own = 0.64 * (topic[item] * taste[segment]).sum(1) + quality[item] - 2
 
     def prob(day, moved=0.0):
-        return 1 / (1 + np.exp(-own - moved - WAVE * np.sin(2 * np.pi * day / PERIOD)))
+        return 1 / (1 + np.exp(-own - moved - wave * np.sin(2 * np.pi * day / PERIOD)))
 
     day = event_ts / DAY
     return {
@@ -94,7 +95,7 @@ def collate(rows):
     )
 
 
-def stream(method, seed, bias, delay):
+def stream(method, seed, bias, delay, wave):
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     kd_weight, auxiliary = METHODS[method]
@@ -120,23 +121,25 @@ def stream(method, seed, bias, delay):
         keep=keep,
         seed=seed,
     )
-    run_stream(task, [make_log(seed, bias, delay)], LabelBuffer())
+    run_stream(task, [make_log(seed, bias, delay, wave)], LabelBuffer())
     rows = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
-    return measure_stream(rows, WINDOW.measure_from_ts)["test"]
+    return measure_stream(rows, WINDOW.measure_from_ts)
 
 
 @cache
-def found(method, bias=0.0, delay=0):
+def found(method, bias=0.0, delay=0, wave=WAVE):
     # without a teacher nothing depends on it
     where = (0.0, 0) if method == "none" else (bias, delay)
-    tests = [stream(method, seed, *where) for seed in SEEDS]
+    streams = [stream(method, seed, *where, wave) for seed in SEEDS]
+    tests = [one["test"] for one in streams]
     per_seed = np.array([test["ne"] for test in tests])
     calibration = float(np.mean([test["calibration"] for test in tests]))
+    teacher = float(np.mean([one["fm"]["calibration"] for one in streams]))
     sys.stdout.write(
-        f"{method}, bias {bias}, {delay} days: NE {per_seed.mean():.4f}, calibration {calibration:.3f}"
+        f"{method}, bias {bias}, {delay} days, wave {wave}: NE {per_seed.mean():.4f}, calibration {calibration:.3f}, teacher {teacher:.3f}"
         "\n"
     )
-    return Found(float(per_seed.mean()), calibration, per_seed)
+    return Found(float(per_seed.mean()), calibration, per_seed, teacher)
 
 
 @pytest.mark.parametrize("delay", [0, 3, 7])
@@ -152,6 +155,7 @@ def test_the_methods_come_in_the_order_of_the_paper(delay):
 def test_a_bias_of_the_teacher_reaches_the_served_score_through_one_head_and_not_through_two():
     plain, biased = found("kd"), found("kd", bias=0.7, delay=3)
     assert abs(plain.calibration - 1) < 0.03
+    assert biased.teacher_calibration > 1.4
     assert biased.calibration > 1.2
     assert biased.ne > found("none").ne + 0.005
     for method in ("ah", "ah_scaled", "ah_sa"):
@@ -166,3 +170,11 @@ def test_the_adapter_is_worth_more_the_older_the_teacher_is():
     ]  # fmt: skip
     assert 0 < gains[0] < gains[1] < gains[2]
     assert gains[2] > 3 * gains[0]
+
+
+def test_an_adapter_is_best_behind_an_old_teacher_and_has_a_limit():
+    ne = {method: found(method, delay=14).ne for method in METHODS}
+    assert ne["ah_sa"] < min(ne[method] for method in METHODS if method != "ah_sa") - 0.001
+    # waves twice as high: what the teacher says is wrong in another way every day
+    none = found("none", wave=2 * WAVE).ne
+    assert all(found(m, delay=14, wave=2 * WAVE).ne > none for m in METHODS if m != "none")
