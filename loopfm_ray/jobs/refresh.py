@@ -151,8 +151,8 @@ def refreshed_latents(context: Context, seed: int) -> Manifest:
         ensure_fm(context, making)
         ensure_snapshots(context, [making])
         generations.append(one)
-    last = TimeRange(splits.fm.start_ts, PreparedData.open(paths.prepared).log_range[1] + 1)
-    stops = [one.from_ts for one in generations[1:]] + [last.stop_ts]
+    stops = [one.from_ts for one in generations[1:]]
+    stops.append(PreparedData.open(paths.prepared).log_range[1] + 1)
     for one, stop_ts in zip(generations, stops, strict=True):
         # with one teacher a row, each example goes through an FM once
         _embed(context, seed, one, TimeRange(one.from_ts, stop_ts) if is_newest else None)
