@@ -269,9 +269,13 @@ def _make_locked(folder: Path, pattern: str) -> tuple[Path, int]:
     """Return a new local directory and the lock on it, which the end of this process lets go."""
     while True:
         root = Path(tempfile.mkdtemp(prefix=pattern, dir=folder))
-        lock = os.open(root, os.O_RDONLY)
+        # until it is locked, another writer may take it for a dead one and remove it
+        try:
+            lock = os.open(root, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if root.exists():  # else another writer took it for a dead one before it was locked
+        if root.exists():
             return root, lock
         os.close(lock)
 

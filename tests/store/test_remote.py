@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -296,6 +297,23 @@ def test_a_failure_while_staging_leaves_nothing(store):
         write_version(store, before_commit=fail)
     assert folders(store) == []
     assert scratch() == []
+
+
+def test_a_directory_that_is_taken_for_a_dead_writers_before_it_is_locked_is_made_anew(
+    store, monkeypatch
+):
+    made = []
+
+    def make_and_lose(real=remote.tempfile.mkdtemp, **kwargs):
+        made.append(real(**kwargs))
+        if len(made) == 1:
+            folder, prefix = Path(kwargs["dir"]), kwargs["prefix"]
+            remote._remove_dead(folder, prefix)  # as another writer would, just now
+        return made[-1]
+
+    monkeypatch.setattr(remote.tempfile, "mkdtemp", make_and_lose)
+    assert write_version(store).num_rows == 3
+    assert len(made) == 2
 
 
 def test_cleaning_leaves_alone_who_may_still_commit(store):
