@@ -28,6 +28,7 @@ from loopfm_ray.kge.triples import TripleSet
 
 __all__ = [
     "AnyLossConfig",
+    "Asked",
     "KVsAllConfig",
     "LossConfig",
     "MarginConfig",
@@ -96,6 +97,24 @@ class RegularizerConfig(Config):
 
 
 @dataclass(frozen=True, eq=False)
+class Asked:
+    """The questions of a batch and their scores."""
+
+    rows: Ids
+    """[B] their numbers, under `Objective.num_rows`."""
+    entity: Tensor
+    """[B] int64."""
+    relation: Tensor
+    """[B] int64 under 2R."""
+    answer: Tensor | None
+    """[B] int64 the column of the one true answer that is looked for; None where a question is asked for all of them."""
+    candidates: Tensor | None
+    """[B, K] int64 entities that were scored, the true one first; None: all, in order."""
+    scores: Tensor
+    """[B, K] or [B, E], with gradient."""
+
+
+@dataclass(frozen=True, eq=False)
 class Objective:
     """The loss of batches of training rows."""
 
@@ -113,28 +132,48 @@ class Objective:
         """Return how many rows an epoch has: distinct questions for k-vs-all, else answers."""
         return len(self.known.keys) if self.loss.kind == "k_vs_all" else len(self.rows)
 
+    def question_of_rows(self) -> Ids:
+        """Return [num_rows] the number of each row's question, under `len(known.keys)`."""
+        if self.loss.kind == "k_vs_all":
+            return np.arange(len(self.known.keys))
+        return np.searchsorted(self.known.keys, self.known.key(self.rows[:, 0], self.rows[:, 1]))
+
     def batch_loss(self, model: KgeModel, batch: Ids, generator: np.random.Generator) -> Tensor:
         """Return [] the loss of rows batch [B], numbers under `num_rows`; negatives are drawn from `generator`."""
+        return self.ask(model, batch, generator)[1]
+
+    def ask(
+        self, model: KgeModel, batch: Ids, generator: np.random.Generator
+    ) -> tuple[Asked, Tensor]:
+        """Return the questions of rows batch [B] with their scores, and [] the loss, as `batch_loss`."""
         if isinstance(self.loss, KVsAllConfig):
-            return self._loss_of_questions(model, self.loss, batch)
+            return self._ask_questions(model, self.loss, batch)
         entity, relation, answer = (np.ascontiguousarray(part) for part in self.rows[batch].T)
-        asked = _to(model, entity, relation, answer)
+        triples = _to(model, entity, relation, answer)
+        penalty = self._penalty(model, *triples)
         if isinstance(self.loss, OneVsAllConfig):
-            loss = one_vs_all_cross_entropy(score_answers(model, *asked[:2]), asked[2])
-            return loss + self._penalty(model, *asked)
+            scores = score_answers(model, *triples[:2])
+            loss = one_vs_all_cross_entropy(scores, triples[2])
+            return Asked(batch, *triples, None, scores), loss + penalty
         drawn = self._draw(self.loss, generator, entity, relation)
         (candidates,) = _to(model, np.concatenate([answer[:, None], drawn], axis=1))
-        scores = score_answers(model, asked[0], asked[1], candidates)
-        return _sampled_loss(self.loss, scores) + self._penalty(model, *asked)
+        scores = score_answers(model, triples[0], triples[1], candidates)
+        first = torch.zeros_like(triples[2])
+        asked = Asked(batch, triples[0], triples[1], first, candidates, scores)
+        return asked, _sampled_loss(self.loss, scores) + penalty
 
-    def _loss_of_questions(self, model: KgeModel, config: KVsAllConfig, batch: Ids) -> Tensor:
+    def _ask_questions(
+        self, model: KgeModel, config: KVsAllConfig, batch: Ids
+    ) -> tuple[Asked, Tensor]:
         entity, relation = np.divmod(self.known.keys[batch], self.known.num_relations)
         row, answer = self.known.pairs(entity, relation)
-        scores = score_answers(model, *_to(model, entity, relation))
+        questions = _to(model, entity, relation)
+        scores = score_answers(model, *questions)
         places, answers = _to(model, row, answer)
         loss = k_vs_all_bce(scores, places, answers, config.label_smoothing)
-        asked = _to(model, entity[row], relation[row])
-        return loss + self._penalty(model, asked[0], asked[1], answers)
+        triples = _to(model, entity[row], relation[row])
+        penalty = self._penalty(model, triples[0], triples[1], answers)
+        return Asked(batch, *questions, None, None, scores), loss + penalty
 
     def _draw(
         self, config: SampledConfig, generator: np.random.Generator, entity: Ids, relation: Ids

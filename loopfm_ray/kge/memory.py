@@ -1,0 +1,252 @@
+"""What a model remembers of its own earlier iterations, and what it knew then about the questions of a batch.
+
+Each memory is one copy: of the weights (`snapshot`, `average`), or of the best answers to every training question at its last
+visit (`last_visit`). A fixed teacher has the same face, so that distillation from another model differs in nothing else.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from loopfm_ray.config import Config
+from loopfm_ray.errors import ConfigError
+from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.objectives import Asked, Objective, score_answers
+
+__all__ = [
+    "AnyMemoryConfig",
+    "AverageConfig",
+    "Knowledge",
+    "LastVisitConfig",
+    "Memory",
+    "MemoryConfig",
+    "SnapshotConfig",
+    "TeacherConfig",
+    "make_memory",
+]
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AverageConfig(Config):
+    """An exponential moving average of the weights of all iterations."""
+
+    kind: Literal["average"] = "average"
+    decay: Decay = 0.99
+    """Share of the average that stays at each step."""
+
+
+class SnapshotConfig(Config):
+    """The weights as they were at the end of an earlier epoch."""
+
+    kind: Literal["snapshot"] = "snapshot"
+    every: PositiveInt = 1
+    """Epochs between snapshots."""
+
+
+class LastVisitConfig(Config):
+    """The scores of the best answers to each question when it was last asked; for losses over all entities."""
+
+    kind: Literal["last_visit"] = "last_visit"
+    num_kept: PositiveInt = 64
+    """Answers kept of each question: those that scored best."""
+
+
+class TeacherConfig(Config):
+    """Another model, trained before, as in distillation from a teacher; given to `train_kge`."""
+
+    kind: Literal["teacher"] = "teacher"
+
+
+AnyMemoryConfig = AverageConfig | SnapshotConfig | LastVisitConfig | TeacherConfig
+MemoryConfig = Annotated[AnyMemoryConfig, Field(discriminator="kind")]
+"""The config of a memory, told by its `kind`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Knowledge:
+    """Earlier scores of the questions of a batch, without gradient."""
+
+    scores: Tensor
+    """[B, K] float32."""
+    columns: Tensor | None
+    """[B, K] int64 their places among the batch's scores; None: they are the same columns."""
+
+
+class Memory(Protocol):
+    """Remembers earlier iterations of one model."""
+
+    def recall(self, asked: Asked) -> Knowledge | None:
+        """Return what was known of the questions; None as long as nothing is."""
+        ...
+
+    def after_step(self, model: KgeModel, asked: Asked) -> None:
+        """Take in what a step made of the model and the scores that it saw."""
+        ...
+
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+        """Take in the model after `epoch` epochs."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what `load_state_dict` brings back."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Bring back what was remembered."""
+        ...
+
+
+def make_memory(
+    config: AnyMemoryConfig, model: KgeModel, objective: Objective, teacher: KgeModel | None
+) -> Memory:
+    """Build the empty memory of a model that is trained on an objective.
+
+    Raises:
+        ConfigError: the memory and the loss, or the memory and the teacher, do not go together.
+    """
+    if (teacher is not None) != isinstance(config, TeacherConfig):
+        found = "none was" if teacher is None else "one was"
+        raise ConfigError(
+            f"memory.kind is {config.kind} and {found} given as teacher: a teacher goes with memory.kind teacher alone"
+        )
+    if teacher is not None:
+        return _Teacher(teacher, model)
+    if isinstance(config, AverageConfig):
+        return _Average(model, config.decay)
+    if isinstance(config, SnapshotConfig):
+        return _Snapshot(model, config.every)
+    assert isinstance(config, LastVisitConfig)
+    return _LastVisit(objective, min(config.num_kept, model.num_entities), model.entity.device)
+
+
+class _Copy:
+    """A second set of weights, in evaluation and without gradient."""
+
+    def __init__(self, model: KgeModel) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.is_set = False
+
+    def recall(self, asked: Asked) -> Knowledge | None:
+        if not self.is_set:
+            return None
+        with torch.no_grad():
+            scores = score_answers(self.model, asked.entity, asked.relation, asked.candidates)
+        return Knowledge(scores, None)
+
+    def after_step(self, model: KgeModel, asked: Asked) -> None:
+        pass
+
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict()) if self.is_set else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.is_set = bool(state)
+        if state:
+            self.model.load_state_dict(state)
+
+    def _take(self, model: KgeModel) -> None:
+        self.model.load_state_dict(model.state_dict())
+        self.is_set = True
+
+
+class _Teacher(_Copy):
+    """Another model, which stays as it is; a checkpoint does not hold it, as it is given again."""
+
+    def __init__(self, teacher: KgeModel, model: KgeModel) -> None:
+        super().__init__(teacher)
+        sizes = [(one.num_entities, one.num_relations) for one in (teacher, model)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"the teacher has {sizes[0][0]} entities and {sizes[0][1]} relations, the model {sizes[1][0]} and"
+                f" {sizes[1][1]}; train the teacher on the same graph"
+            )
+        self.is_set = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+class _Snapshot(_Copy):
+    def __init__(self, model: KgeModel, every: int) -> None:
+        super().__init__(model)
+        self.every = every
+
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+        if epoch % self.every == 0:
+            self._take(model)
+
+
+class _Average(_Copy):
+    """It begins with the weights after the first epoch: those before are noise."""
+
+    def __init__(self, model: KgeModel, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+
+    def after_step(self, model: KgeModel, asked: Asked) -> None:
+        if not self.is_set:
+            return
+        mine, its = self.model.state_dict(), model.state_dict()
+        for name, value in mine.items():
+            if value.is_floating_point():
+                value.lerp_(its[name], 1.0 - self.decay)
+            else:  # a counter of batch norm
+                value.copy_(its[name])
+
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+        if not self.is_set:
+            self._take(model)
+
+
+class _LastVisit:
+    """[Q, K] the places and scores of each question's best answers; a question that was not asked yet has none."""
+
+    def __init__(self, objective: Objective, num_kept: int, device: torch.device) -> None:
+        if objective.loss.kind not in ("one_vs_all", "k_vs_all"):
+            raise ConfigError(
+                f"memory.kind last_visit remembers scores of all entities, and loss.kind is {objective.loss.kind},"
+                " which scores drawn ones; take average or snapshot"
+            )
+        num = len(objective.known.keys)
+        self.questions = torch.from_numpy(objective.question_of_rows()).to(device)
+        self.columns = torch.zeros(num, num_kept, dtype=torch.int32, device=device)
+        self.scores = torch.full((num, num_kept), torch.nan, device=device)
+
+    def recall(self, asked: Asked) -> Knowledge | None:
+        question = self.questions[torch.from_numpy(asked.rows).to(self.questions.device)]
+        scores = self.scores[question]
+        if scores[:, 0].isnan().any():
+            return None  # in the first epoch
+        return Knowledge(scores, self.columns[question].long())
+
+    def after_step(self, model: KgeModel, asked: Asked) -> None:
+        question = self.questions[torch.from_numpy(asked.rows).to(self.questions.device)]
+        # a question may be asked by several rows, whose scores may differ in their last bits
+        once = torch.from_numpy(np.unique(question.cpu().numpy(), return_index=True)[1])
+        once = once.to(question.device)
+        best = asked.scores.detach()[once].topk(self.scores.shape[1], dim=1)
+        self.scores[question[once]] = best.values
+        self.columns[question[once]] = best.indices.int()
+
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"columns": self.columns, "scores": self.scores}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, mine in self.state_dict().items():
+            mine.copy_(state[name])
