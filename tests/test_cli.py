@@ -39,6 +39,7 @@ VERBS = [
     "config",
     "doctor",
     "drift",
+    "download-kg",
 ]
 
 
