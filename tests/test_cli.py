@@ -40,6 +40,7 @@ VERBS = [
     "doctor",
     "drift",
     "download-kg",
+    "export-kge",
 ]
 
 
