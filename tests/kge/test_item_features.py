@@ -130,7 +130,7 @@ def test_a_pipelines_data_joins_them_as_features_of_the_item(tmp_path):
     assert manifest.meta["counts"]["items_without_row"] == 0
     data = PreparedData.open(tmp_path / "out")
     fields = {field.name: field for field in data.schema.numeric}
-    assert set(names) <= set(fields)
+    assert set(names) <= {field.name for field in config.vm_schema(data.schema).numeric}
     table = pl.read_parquet(tmp_path / "items" / ITEMS_FILE)
     raw = {row["item"]: row for row in table.to_dicts()}
     for name in names:
