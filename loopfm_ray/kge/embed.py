@@ -102,10 +102,12 @@ def embed_graph(
         Sizes, metrics and the paths of what was written.
 
     Raises:
+        ConfigError: there is no such device.
         ConfigError, DataError, SchemaError: the graph, its links or its items can not be read.
         MetricError: the training diverges.
         StoreError: the checkpoint is of another training, or the disk is full.
     """
+    _check_device(device)
     checkpoint = config.root / "checkpoint.pt"
     if fresh:
         checkpoint.unlink(missing_ok=True)
@@ -133,6 +135,14 @@ def embed_graph(
     items = config.root / "items"
     written = write_item_features(load_kge(path), *linked, items, config.items.unlinked)
     return {**result, "items": str(items / ITEMS_FILE), "item_counts": written.meta}
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {device} can not be used: {reason}; take cpu") from error
 
 
 def _read_graph(config: KgeRunConfig) -> TripleSet:

@@ -130,13 +130,19 @@ def _rows(columns: Columns, rows: NDArray[np.int64]) -> Columns:
 
 
 def _file(root: Path, name: str) -> PublishedFile:
+    if not root.exists():
+        raise ConfigError(f"graph.path is {root}, which does not exist; {_WHERE}")
     return require_files(str(root), [name], _WHERE)[name]
 
 
 def _read(file: PublishedFile, columns: Sequence[str]) -> list[list[str]]:
     """Return the values of some columns, none of them empty."""
     with file.open() as raw:
-        text = raw.read().decode("utf-8-sig")
+        content = raw.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8 ({error}); write it so") from error
     lines = text.replace("\r\n", "\n").split("\n")
     header = [name.partition(":")[0] for name in lines[0].split("\t")]
     missing = [name for name in columns if name not in header]

@@ -126,6 +126,7 @@ def test_a_chain_has_nothing_to_hold_out():
         ("kg", HEADERS["kg"] + "\n", DataError, "no rows under its header"),
         ("link", HEADERS["link"] + "\n1\ta\n1\tb\n", DataError, "'1' comes more than once"),
         ("item", HEADERS["item"] + "\n1\ta\n1\tb\n", DataError, "'1' comes more than once"),
+        ("kg", b"\xff\xfe\n", DataError, "no text in UTF-8"),
         ("link", None, ConfigError, r"lacks small.link; expected files as RecBole"),
     ],
 )
@@ -135,7 +136,7 @@ def test_a_file_that_is_not_as_published_is_told(tmp_path, ending, text, error, 
     if text is None:
         path.unlink()
     else:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     read = {
         "kg": lambda: read_linked_graph(tmp_path, "small", 0.05, 0),
         "link": lambda: read_links(tmp_path, "small"),
@@ -190,6 +191,13 @@ def test_links_that_lack_are_told_before_anything_is_trained(tmp_path):
     (tmp_path / "in/small.link").unlink()
     with pytest.raises(ConfigError, match=r"lacks small\.link"):
         embed_graph(run_config(tmp_path), on_epoch=lambda *_: pytest.fail("trained"))
+
+
+def test_a_place_or_device_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"graph.path is .*in, which does not exist; expected"):
+        embed_graph(run_config(tmp_path))
+    with pytest.raises(ConfigError, match=r"device abacus can not be used: .*; take cpu"):
+        embed_graph(run_config(tmp_path), device="abacus")
 
 
 def test_items_need_a_linked_graph(tmp_path):
