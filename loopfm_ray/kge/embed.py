@@ -113,7 +113,14 @@ def embed_graph(
         checkpoint.unlink(missing_ok=True)
     graph = _read_graph(config)
     linked = _read_items(config)
-    trained = train_kge(graph, config.backbone, config.train, checkpoint, device, on_epoch)
+    trained = train_kge(
+        graph,
+        config.backbone,
+        config.train,
+        checkpoint=checkpoint,
+        device=device,
+        on_epoch=on_epoch,
+    )
     known = index_facts(graph.all_triples(), graph.num_entities, graph.num_relations)
     ranks = rank_triples(trained.model, graph.test, known, device=trained.model.entity.device)
     test = asdict(summarize_ranks(ranks, graph.has_unseen("test")))
