@@ -52,8 +52,8 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what h
 SeedOption = Annotated[int | None, typer.Option(help="The seed; the config's first if not given.")]
 
 
-def find_config(name: str) -> Path:
-    """Return the path of a config: a file, or the name of one that comes with the package.
+def find_config(name: str, kind: str = "pipeline") -> Path:
+    """Return the path of a config: a file, or the name of one that comes with the package in the folder `kind` of its configs.
 
     Raises:
         ConfigError: there is neither.
@@ -63,9 +63,13 @@ def find_config(name: str) -> Path:
         return path
     here = Path(__file__).parent
     for folder in (here / "_configs", here.parent / "configs"):
-        candidate = folder / "pipeline" / f"{name}.yaml"
+        candidate = folder / kind / f"{name}.yaml"
         if candidate.is_file():
             return candidate
+    if kind != "pipeline":
+        raise ConfigError(
+            f"there is no config {name!r}; give the path of a YAML file, or the name of one under configs/{kind}"
+        )
     raise ConfigError(
         f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
         " synthetic and the others under configs/pipeline"

@@ -39,6 +39,8 @@ VERBS = [
     "config",
     "doctor",
     "drift",
+    "download-kg",
+    "export-kge",
 ]
 
 
@@ -111,6 +113,9 @@ def test_a_config_is_found_by_name_and_by_path():
     assert find_config(str(path)) == path
     with pytest.raises(ConfigError, match="online_retail"):
         find_config("nothing")
+    assert find_config("movielens", "kge").parts[-2:] == ("kge", "movielens.yaml")
+    with pytest.raises(ConfigError, match="under configs/kge"):
+        find_config("synthetic", "kge")
 
 
 @pytest.mark.parametrize(

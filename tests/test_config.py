@@ -17,11 +17,13 @@ from loopfm_ray.config import (
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiment_grid import ExperimentConfig
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
+from loopfm_ray.kge.embed import KgeRunConfig
 from loopfm_ray.models.registry import VMS
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted((FOLDER / "pipeline").rglob("*.yaml"))
 VM_CONFIGS = sorted((FOLDER / "vm").rglob("*.yaml"))
+KGE_CONFIGS = sorted((FOLDER / "kge").rglob("*.yaml"))
 
 
 class Inner(Config):
@@ -122,10 +124,11 @@ def test_a_section_of_a_file_may_lie_in_another_beside_it(tmp_path):
         load_config(Outer, path)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *KGE_CONFIGS], ids=lambda path: path.stem)
 def test_every_yaml_loads_and_its_dump_gives_the_same_config(path, tmp_path):
     kind = read_yaml(path).get("kind", "pipeline")
-    cls = {"pipeline": PipelineConfig, "experiment": ExperimentConfig}[kind]
+    of_kind = {"pipeline": PipelineConfig, "experiment": ExperimentConfig, "kge": KgeRunConfig}
+    cls = of_kind[kind]
     config = load_config(cls, path)
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_yaml(config))
@@ -210,7 +213,21 @@ def test_every_vm_takes_the_place_of_one_in_a_pipeline(path):
 
 def test_every_vm_kind_has_a_yaml():
     assert {path.stem for path in VM_CONFIGS} == set(VMS)
-    assert {path.parent.name for path in FOLDER.rglob("*.yaml")} == {"pipeline", "vm"}
+    assert {path.parent.name for path in FOLDER.rglob("*.yaml")} == {"kge", "pipeline", "vm"}
+
+
+def test_the_vectors_that_the_graph_of_movielens_gives_are_those_that_its_pipeline_reads():
+    graph = load_config(KgeRunConfig, FOLDER / "kge/movielens.yaml")
+    config = load_config(ExperimentConfig, FOLDER / "pipeline/kge_features_movielens.yaml")
+    names = ["kge_linked", *(f"kge_{at}" for at in range(graph.backbone.dimension))]
+    plain, kge, only_fm = (config.pipeline(name).data for name in ("plain", "kge", "kge_fm"))
+    assert plain.items is None
+    assert kge.items == only_fm.items
+    assert kge.items.path == str(graph.root / "items/items.parquet")
+    assert list(kge.items.numeric) == names
+    assert kge.vm_fields == (*plain.vm_fields, *names)
+    assert only_fm.vm_fields == plain.vm_fields
+    assert graph.graph.path == plain.path
 
 
 def test_the_demo_config_is_the_default():

@@ -195,10 +195,22 @@ class MovieLensConfig(BaseDataConfig):
     """A directory with the published files, or the .zip or .whl that holds them."""
     min_rating: PositiveFloat = 4.0
     """A rating of at least this is a positive."""
+    items: EntityConfig | None = None
+    """Further fields of the films, from a table with a row for each."""
     split: SplitConfig = SplitConfig(fm_stop="1997-12-29", vm_stop="1998-03-09")
     past: PastConfig = PastConfig(count_fields=("user", "genre"))
     period_origin: Moment = "1997-09-15"
     history_events: Literal["positives", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        names = [*self.items.categorical, *self.items.numeric] if self.items else []
+        taken = sorted(RESERVED_NAMES.union(self.derive).intersection(names))
+        if taken:
+            raise ConfigError(
+                f"data.items: {taken} are names that the data has in any case; rename them with NAME: COLUMN"
+            )
+        return self
 
 
 class TaobaoAdConfig(BaseDataConfig):

@@ -11,7 +11,7 @@ from loopfm_ray.data.canonical import float_column, key_column
 from loopfm_ray.data.config import EntityConfig
 from loopfm_ray.data.events import read_raw_blocks
 from loopfm_ray.data.vocabulary import VocabularyBuilder
-from loopfm_ray.errors import DataError
+from loopfm_ray.errors import ConfigError, DataError
 
 __all__ = ["EntityBuilder", "EntitySource", "Standard", "standard_of"]
 
@@ -84,6 +84,31 @@ class EntitySource:
             table.column(key).to_pylist(),
             {name: table.column(name).combine_chunks() for name in categorical},
             {name: table.column(name).combine_chunks() for name in numeric},
+        )
+
+    def joined(self, other: "EntitySource", place: str) -> "EntitySource":
+        """Return these rows with the fields of the rows of the same keys in `other`, which was read from `place`.
+
+        Raises:
+            ConfigError: a field is in both.
+            DataError: a key has no row in `other`.
+        """
+        both = sorted({*self.categorical, *self.numeric} & {*other.categorical, *other.numeric})
+        if both:
+            raise ConfigError(
+                f"{place} has fields {both}, which the data has already; name them otherwise with NAME: COLUMN"
+            )
+        missing = [key for key in self.row_of if key not in other.row_of]
+        if missing:
+            raise DataError(
+                f"{place} has no row for {len(missing)} of {len(self.row_of)} keys, such as {missing[:3]}; expected one for"
+                " each, with a value that stands for what is not known"
+            )
+        rows = pa.array([other.row_of[key] for key in self.row_of], pa.int64())
+        return EntitySource(
+            list(self.row_of),
+            self.categorical | {name: col.take(rows) for name, col in other.categorical.items()},
+            self.numeric | {name: col.take(rows) for name, col in other.numeric.items()},
         )
 
 

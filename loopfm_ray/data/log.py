@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from loopfm_ray.data.config import CompleteJourneyConfig, DataConfig, EventsConfig, SyntheticConfig
+from loopfm_ray.data.config import (
+    CompleteJourneyConfig,
+    DataConfig,
+    EventsConfig,
+    MovieLensConfig,
+    SyntheticConfig,
+)
 from loopfm_ray.data.datasets.amazon_electronics import amazon_electronics_log
 from loopfm_ray.data.datasets.complete_journey import complete_journey_events
 from loopfm_ray.data.datasets.kuaivideo import kuaivideo_log
@@ -50,13 +56,19 @@ def log_files(config: DataConfig) -> dict[str, list[int]]:
     if isinstance(config, CompleteJourneyConfig | SyntheticConfig):
         return {}
     if not isinstance(config, EventsConfig):
-        return folder_files(config.path)
+        items = config.items if isinstance(config, MovieLensConfig) else None
+        return {**folder_files(config.path), **(_table_files(items.path) if items else {})}
     tables = [table.path for table in (config.items, config.users) if table]
+    return {
+        name: info for path in (config.path, *tables) for name, info in _table_files(path).items()
+    }
+
+
+def _table_files(path: str) -> dict[str, list[int]]:
     files = {}
-    for path in (config.path, *tables):
-        for fragment in open_files(path):
-            info = fragment.filesystem.get_file_info(fragment.path)
-            files[str(fragment.path)] = [int(info.size), int(info.mtime_ns)]
+    for fragment in open_files(path):
+        info = fragment.filesystem.get_file_info(fragment.path)
+        files[str(fragment.path)] = [int(info.size), int(info.mtime_ns)]
     return files
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from loopfm_ray.errors import DataError, SchemaError
 
-__all__ = ["SPLITS", "Split", "TripleSet", "Unseen", "index_triples", "read_triples"]
+__all__ = ["SPLITS", "Columns", "Split", "TripleSet", "Unseen", "index_triples", "read_triples"]
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")

@@ -62,7 +62,19 @@ __all__ = [
     "write_manifest",
 ]
 
-_KINDS = ("prepared", "fm", "snapshot", "latents", "joined", "vm", "bundle", "run", "online")
+_KINDS = (
+    "prepared",
+    "fm",
+    "snapshot",
+    "latents",
+    "joined",
+    "vm",
+    "bundle",
+    "run",
+    "online",
+    "kge",
+    "item_features",
+)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 from loopfm_ray.data.config import MovieLensConfig, SplitConfig
 from loopfm_ray.data.datasets.movielens import movielens_log
 from loopfm_ray.data.examples import read_rows
+from loopfm_ray.data.log import log_files
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, DataError
@@ -118,6 +119,66 @@ def test_only_positives_can_be_history_and_the_threshold_moves(tmp_path: Path) -
     rows = readable_examples(PreparedData.open(tmp_path / "out"))
     assert rows["label"].to_list() == [0, 0, 1, 1, 0, 0]
     assert rows["history"].to_list() == [[], [], [], [], [2], [3]]
+
+
+def write_features(path: Path, items: tuple[str, ...] = ("40", "10", "30", "20", "99")) -> None:
+    numbers = [float(item) / 10 for item in items]
+    pl.DataFrame(
+        {"item": items, "kge_0": numbers, "mood": [f"m{n}" for n in numbers]}
+    ).write_parquet(path)
+
+
+@pytest.mark.parametrize("write", [write_recbole, write_100k])
+def test_a_table_of_further_fields_is_joined_to_the_films(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder)
+    write_features(tmp_path / "items.parquet")
+    items = {
+        "path": str(tmp_path / "items.parquet"),
+        "key": "item",
+        "numeric": ["kge_0"],
+        "categorical": ["mood"],
+    }
+    config = config_for(folder, items=items, past={"count_fields": ["mood"]})
+    prepare(config, tmp_path / "out")
+    data = PreparedData.open(tmp_path / "out")
+    names = [field.name for field in data.schema.fields]
+    assert names[:6] == ["user", "item", "gender", "occupation", "age", "release_year"]
+    assert {"genre", "genres", "mood", "kge_0"} <= set(names)
+    assert data.items.keys == ["", "10", "20", "30", "40"]
+    field = next(field for field in data.schema.fields if field.name == "kge_0")
+    values = data.items.numeric["kge_0"][1:] * field.std + field.mean
+    assert values.tolist() == pytest.approx([1, 2, 3, 4])
+    moods = ["", *data.vocabulary("mood").keys]
+    assert [moods[i] for i in data.items.ids["mood"]] == ["", "m1.0", "m2.0", "m3.0", "m4.0"]
+
+
+def test_a_changed_table_of_fields_is_seen_as_new_data(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_recbole(folder)
+    write_features(tmp_path / "items.parquet")
+    items = {"path": str(tmp_path / "items.parquet"), "key": "item", "numeric": ["kge_0"]}
+    before = log_files(config_for(folder, items=items))
+    assert set(before) == {str(path) for path in [*folder.iterdir(), tmp_path / "items.parquet"]}
+    write_features(tmp_path / "items.parquet", ("10", "20", "30", "40"))
+    assert log_files(config_for(folder, items=items)) != before
+    assert set(log_files(config_for(folder))) == {str(path) for path in folder.iterdir()}
+
+
+def test_a_film_without_a_row_and_names_that_are_taken_are_refused(tmp_path: Path) -> None:
+    write_recbole(tmp_path)
+    write_features(tmp_path / "items.parquet", ("10", "20"))
+    table = {"path": str(tmp_path / "items.parquet"), "key": "item"}
+    with pytest.raises(DataError, match=r"no row for 2 of 4 keys, such as \['30', '40'\]"):
+        movielens_log(config_for(tmp_path, items={**table, "numeric": ["kge_0"]}))
+    with pytest.raises(ConfigError, match=r"has fields \['genre'\], which the data has already"):
+        movielens_log(config_for(tmp_path, items={**table, "numeric": {"genre": "kge_0"}}))
+    with pytest.raises(ValueError, match=r"\['hour', 'label'\] are names that the data has"):
+        config_for(tmp_path, items={**table, "numeric": {"label": "kge_0", "hour": "kge_0"}})
 
 
 def test_a_wheel_gives_the_same_bytes_as_a_folder(tmp_path: Path) -> None:

@@ -61,22 +61,25 @@ class _Edition:
 def movielens_log(config: MovieLensConfig) -> EventLog:
     """Return the log of the ratings in `config.path`.
 
-    Fields of an item: release_year, genre (the first) and genres (all of them as one key). Fields of a user: gender, occupation
-    and age.
+    Fields of an item: release_year, genre (the first) and genres (all of them as one key), and those of `config.items`. Fields of a
+    user: gender, occupation and age.
 
     Raises:
-        ConfigError: files are missing.
-        SchemaError, DataError: a file is not as published.
+        ConfigError: files are missing, or `config.items` has a field of these names.
+        SchemaError, DataError: a file is not as published, or a film has no row in `config.items`.
     """
     edition, files = _find(config.path)
     films = edition.to_films(read_table(files[edition.films[0]], edition.films[1]))
     genres = films.column("genres")
     films = films.append_column("genre", pc.list_element(pc.split_pattern(genres, "|"), 0))
     people = read_table(files[edition.people[0]], edition.people[1])
+    items = EntitySource.from_table(films, "item", _ITEM_FIELDS, ())
+    if config.items is not None:
+        items = items.joined(EntitySource.read(config.items), config.items.path)
     return EventLog(
         lambda: _blocks(files[edition.ratings[0]], edition.ratings[1], config),
         LogFields(),
-        EntitySource.from_table(films, "item", _ITEM_FIELDS, ()),
+        items,
         EntitySource.from_table(people, "user", ("gender", "occupation"), ("age",)),
     )
 
