@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from loopfm_ray.errors import StoreError
+from loopfm_ray.kge.self_distillation import SelfDistillation
 
 __all__ = ["KgePoint", "KgeProgress", "KgeState", "load_kge_state", "save_kge_state"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class KgeState:
     optimizer: torch.optim.Optimizer
     key: str
     """Hash of what the training is of; a checkpoint of another key is not read."""
+    distillation: SelfDistillation | None = None
+    """What it remembers of its past."""
     progress: KgeProgress = field(default_factory=KgeProgress)
     best_weights: dict[str, Tensor] | None = None
     """Weights at the best validation MRR."""
@@ -65,6 +68,7 @@ def save_kge_state(state: KgeState, path: Path) -> None:
         "key": state.key,
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
+        "distillation": None if state.distillation is None else state.distillation.state_dict(),
         "progress": asdict(state.progress),
         "best_weights": state.best_weights,
     }
@@ -88,6 +92,8 @@ def load_kge_state(state: KgeState, path: Path) -> None:
             )
         state.model.load_state_dict(tree["model"])
         state.optimizer.load_state_dict(tree["optimizer"])
+        if state.distillation is not None:
+            state.distillation.load_state_dict(tree["distillation"])
         points = [KgePoint(**point) for point in tree["progress"].pop("curve")]
         state.progress = KgeProgress(**tree["progress"], curve=points)
         state.best_weights = tree["best_weights"]

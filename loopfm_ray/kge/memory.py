@@ -196,7 +196,7 @@ class _Average(_Copy):
         super().__init__(model)
         self.decay = decay
 
-    def after_step(self, model: KgeModel, asked: Asked) -> None:
+    def after_step(self, model: KgeModel, asked: Asked) -> None:  # noqa: ARG002  of a protocol
         if not self.is_set:
             return
         mine, its = self.model.state_dict(), model.state_dict()
@@ -206,7 +206,7 @@ class _Average(_Copy):
             else:  # a counter of batch norm
                 value.copy_(its[name])
 
-    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:  # noqa: ARG002  of a protocol
         if not self.is_set:
             self._take(model)
 
@@ -232,7 +232,7 @@ class _LastVisit:
             return None  # in the first epoch
         return Knowledge(scores, self.columns[question].long())
 
-    def after_step(self, model: KgeModel, asked: Asked) -> None:
+    def after_step(self, model: KgeModel, asked: Asked) -> None:  # noqa: ARG002  of a protocol
         question = self.questions[torch.from_numpy(asked.rows).to(self.questions.device)]
         # a question may be asked by several rows, whose scores may differ in their last bits
         once = torch.from_numpy(np.unique(question.cpu().numpy(), return_index=True)[1])

@@ -149,17 +149,16 @@ class Objective:
         if isinstance(self.loss, KVsAllConfig):
             return self._ask_questions(model, self.loss, batch)
         entity, relation, answer = (np.ascontiguousarray(part) for part in self.rows[batch].T)
-        triples = _to(model, entity, relation, answer)
-        penalty = self._penalty(model, *triples)
+        who, by, true = _to(model, entity, relation, answer)
+        penalty = self._penalty(model, who, by, true)
         if isinstance(self.loss, OneVsAllConfig):
-            scores = score_answers(model, *triples[:2])
-            loss = one_vs_all_cross_entropy(scores, triples[2])
-            return Asked(batch, *triples, None, scores), loss + penalty
+            scores = score_answers(model, who, by)
+            loss = one_vs_all_cross_entropy(scores, true)
+            return Asked(batch, who, by, true, None, scores), loss + penalty
         drawn = self._draw(self.loss, generator, entity, relation)
         (candidates,) = _to(model, np.concatenate([answer[:, None], drawn], axis=1))
-        scores = score_answers(model, triples[0], triples[1], candidates)
-        first = torch.zeros_like(triples[2])
-        asked = Asked(batch, triples[0], triples[1], first, candidates, scores)
+        scores = score_answers(model, who, by, candidates)
+        asked = Asked(batch, who, by, torch.zeros_like(true), candidates, scores)
         return asked, _sampled_loss(self.loss, scores) + penalty
 
     def _ask_questions(
@@ -167,13 +166,13 @@ class Objective:
     ) -> tuple[Asked, Tensor]:
         entity, relation = np.divmod(self.known.keys[batch], self.known.num_relations)
         row, answer = self.known.pairs(entity, relation)
-        questions = _to(model, entity, relation)
-        scores = score_answers(model, *questions)
+        who, by = _to(model, entity, relation)
+        scores = score_answers(model, who, by)
         places, answers = _to(model, row, answer)
         loss = k_vs_all_bce(scores, places, answers, config.label_smoothing)
         triples = _to(model, entity[row], relation[row])
         penalty = self._penalty(model, triples[0], triples[1], answers)
-        return Asked(batch, *questions, None, None, scores), loss + penalty
+        return Asked(batch, who, by, None, None, scores), loss + penalty
 
     def _draw(
         self, config: SampledConfig, generator: np.random.Generator, entity: Ids, relation: Ids

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from loopfm_ray.config import Config, config_hash
-from loopfm_ray.errors import MetricError
+from loopfm_ray.errors import ConfigError, MetricError
 from loopfm_ray.kge.backbone import KgeModel
 from loopfm_ray.kge.checkpoint import KgePoint, KgeState, load_kge_state, save_kge_state
 from loopfm_ray.kge.filters import KnownFacts, index_facts
@@ -30,6 +30,7 @@ from loopfm_ray.kge.objectives import (
     make_objective,
 )
 from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
+from loopfm_ray.kge.self_distillation import SelfDistillation, SelfDistillationConfig
 from loopfm_ray.kge.triples import TripleSet
 
 __all__ = ["KgeTrainConfig", "TrainedKge", "train_kge"]
@@ -42,6 +43,8 @@ class KgeTrainConfig(Config):
     """What is minimised."""
     regularizer: RegularizerConfig | None = Field(default=None)
     """Penalty beside the loss; null leaves it out."""
+    distillation: SelfDistillationConfig | None = Field(default=None)
+    """What the model learns from its own past, or from a teacher; null leaves it out."""
     optimizer: Literal["adagrad", "adam"] = "adagrad"
     """Adagrad is usual with 1-vs-all, Adam with the others."""
     lr: PositiveFloat = 0.1
@@ -81,6 +84,7 @@ def train_kge(
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, float], None] | None = None,
+    teacher: KgeModel | None = None,
 ) -> TrainedKge:
     """Train a backbone on the training triples, from a checkpoint where there is one.
 
@@ -93,24 +97,27 @@ def train_kge(
         checkpoint: a file that is written at every evaluation and gone on from; a larger `epochs` trains on.
         device: where to train.
         on_epoch: called after every epoch with its number and mean loss.
+        teacher: a trained model of the same graph, with `distillation.memory.kind: teacher` alone.
 
     Raises:
         MetricError: the loss or a score is not finite.
         StoreError: the checkpoint is damaged or of another training.
-        ConfigError: the backbone, regulariser and loss do not go together.
+        ConfigError: the backbone, regulariser and loss do not go together, or the distillation with the loss or the teacher.
         DataError: negatives are to be filtered, and a question has every entity as an answer.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_kge(backbone, graph.num_entities, graph.num_relations).to(device)
-        state = KgeState(model, _optimizer(config, model), _key(graph, backbone, config))
+        objective = make_objective(graph, config.loss, config.regularizer)
+        distillation = _distillation(config, model, objective, teacher)
+        key = _key(graph, backbone, config, teacher)
+        state = KgeState(model, _optimizer(config, model), key, distillation)
         if checkpoint is not None and checkpoint.exists():
             load_kge_state(state, checkpoint)
-        objective = make_objective(graph, config.loss, config.regularizer)
         known = index_facts(graph.all_triples(), graph.num_entities, graph.num_relations)
         progress = state.progress
         while progress.epoch < config.epochs and not progress.is_stopped:
-            loss = _train_epoch(model, state.optimizer, objective, config, progress.epoch)
+            loss = _train_epoch(model, state, objective, config)
             progress.epoch += 1
             if progress.epoch % config.eval_every == 0 or progress.epoch == config.epochs:
                 _evaluate(state, model, graph, known, loss)
@@ -132,24 +139,27 @@ def train_kge(
 
 
 def _train_epoch(
-    model: KgeModel,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    config: KgeTrainConfig,
-    epoch: int,
+    model: KgeModel, state: KgeState, objective: Objective, config: KgeTrainConfig
 ) -> float:
     """Take one pass over the rows; return the mean loss of its batches."""
+    epoch, past = state.progress.epoch, state.distillation
     generator = np.random.default_rng([config.seed, epoch])
     torch.manual_seed(int(generator.integers(2**62)))
     order = generator.permutation(objective.num_rows)
     model.train()
     losses = []
     for batch in _batches(order, config.batch_size):
-        loss = objective.batch_loss(model, batch, generator)
-        optimizer.zero_grad()
+        asked, loss = objective.ask(model, batch, generator)
+        if past is not None:
+            loss = loss + past.penalty(asked, epoch)
+        state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
-        optimizer.step()
+        state.optimizer.step()
+        if past is not None:
+            past.after_step(model, asked)
         losses.append(loss.detach())
+    if past is not None:
+        past.after_epoch(model, epoch + 1)
     mean = float(torch.stack(losses).mean())
     if not math.isfinite(mean):
         raise MetricError(
@@ -181,14 +191,31 @@ def _evaluate(
         }
 
 
+def _distillation(
+    config: KgeTrainConfig, model: KgeModel, objective: Objective, teacher: KgeModel | None
+) -> SelfDistillation | None:
+    if config.distillation is not None:
+        return SelfDistillation(config.distillation, model, objective, teacher)
+    if teacher is not None:
+        raise ConfigError(
+            "a teacher was given and train.distillation is null; set it, with memory.kind teacher"
+        )
+    return None
+
+
 def _optimizer(config: KgeTrainConfig, model: KgeModel) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=config.lr)
     return torch.optim.Adagrad(model.parameters(), lr=config.lr)
 
 
-def _key(graph: TripleSet, backbone: AnyKgeConfig, config: KgeTrainConfig) -> str:
+def _key(
+    graph: TripleSet, backbone: AnyKgeConfig, config: KgeTrainConfig, teacher: KgeModel | None
+) -> str:
     """Return a hash of all that the training depends on but its length."""
     how = config.model_dump(mode="json", exclude={"epochs"})
     data = [zlib.crc32(graph.split(name).tobytes()) for name in ("train", "valid")]
+    if teacher is not None:
+        weights = teacher.state_dict().values()
+        data += [zlib.crc32(value.detach().cpu().numpy().tobytes()) for value in weights]
     return config_hash(backbone, how, [graph.num_entities, graph.num_relations, *data])

@@ -75,11 +75,16 @@ RECIPES = {
 }
 
 
-def fit(name, checkpoint=None, on_epoch=None, **changes):
+def fit(name, checkpoint=None, on_epoch=None, teacher=None, **changes):
     backbone, config = RECIPES[name]
     tree = {"batch_size": 32, "epochs": 6, "eval_every": 2, **config, **changes}
     return train_kge(
-        ring(), read_kge_config(backbone), config_of(**tree), checkpoint, on_epoch=on_epoch
+        ring(),
+        read_kge_config(backbone),
+        config_of(**tree),
+        checkpoint,
+        on_epoch=on_epoch,
+        teacher=teacher,
     )
 
 

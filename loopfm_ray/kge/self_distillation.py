@@ -1,0 +1,237 @@
+"""Confidence-aware self-distillation (CSD) as implemented here: a model learns from its own earlier embeddings.
+
+The paper (arXiv 2206.02963) fixes this much: one model is teacher and student in turn, what it learns from are its embeddings of
+earlier iterations, a semantic module estimates how far they can be trusted and filters them, and the loss is Huber's. Its
+equations are not public; those here are ours. With s the scores of a question's K candidates, s' those of the memory, z(.) the
+standardised scores, c_q the confidence in the question and c_j in a candidate:
+
+    L = L_task + w(t) mean_q c_q (1/K) sum_j c_j Huber_d(z(s)_j - z(s')_j)                        `huber`
+    L = L_task + w(t) mean_q c_q T^2 sum_j p'_j (log p'_j - log p_j),  p = softmax(s / T)         `kl`
+
+`kl` is the loss of the paper's first version. No gradient goes through s', c_q and c_j. With a fixed teacher instead of a memory the
+same loss is distillation from that teacher.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn import functional
+
+from loopfm_ray.config import Config
+from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.confidence import (
+    ConfidenceConfig,
+    EvenConfig,
+    RuleConfig,
+    SemanticConfig,
+    SemanticModule,
+    Views,
+    answer_confidence,
+    standardized,
+)
+from loopfm_ray.kge.memory import AverageConfig, Knowledge, MemoryConfig, make_memory
+from loopfm_ray.kge.objectives import Asked, Objective
+
+__all__ = [
+    "DivergenceConfig",
+    "HuberConfig",
+    "KlConfig",
+    "SelfDistillation",
+    "SelfDistillationConfig",
+    "huber_distance",
+    "kl_distance",
+]
+
+
+class HuberConfig(Config):
+    """Huber's loss of standardised scores."""
+
+    kind: Literal["huber"] = "huber"
+    threshold: PositiveFloat = 1.0
+    """d: from here on the loss grows linearly, in standard deviations of a row's scores."""
+
+
+class KlConfig(Config):
+    """Kullback-Leibler divergence of the softmax over the candidates; candidates count alike."""
+
+    kind: Literal["kl"] = "kl"
+    temperature: PositiveFloat = 1.0
+    """T."""
+
+
+DivergenceConfig = Annotated[HuberConfig | KlConfig, Field(discriminator="kind")]
+"""The config of a distance, told by its `kind`."""
+
+
+class SelfDistillationConfig(Config):
+    """How a model learns from what it was."""
+
+    memory: MemoryConfig = Field(default=AverageConfig())
+    """What is remembered."""
+    divergence: DivergenceConfig = Field(default=HuberConfig())
+    """How present and earlier scores are compared."""
+    confidence: ConfidenceConfig = Field(default=SemanticConfig())
+    """How far earlier scores are trusted."""
+    weight: NonNegativeFloat = 1.0
+    """w, once the ramp is over."""
+    begin_epoch: NonNegativeInt = 5
+    """Epochs without it, in which embeddings are noise."""
+    ramp_epochs: PositiveInt = 5
+    """Epochs over which the weight then grows in equal steps."""
+    num_candidates: PositiveInt | None = 64
+    """K: of the scores of a question, those that were best before, with the asked answer; null takes all."""
+
+
+class SelfDistillation:
+    """The memory and the confidence of one training."""
+
+    def __init__(
+        self,
+        config: SelfDistillationConfig,
+        model: KgeModel,
+        objective: Objective,
+        teacher: KgeModel | None = None,
+    ) -> None:
+        """Begin with nothing remembered.
+
+        Args:
+            config: how.
+            model: the model that is trained.
+            objective: what it is trained on.
+            teacher: the model to learn from, with `memory.kind: teacher` alone.
+
+        Raises:
+            ConfigError: memory, loss and teacher do not go together.
+        """
+        self.config = config
+        self.memory = make_memory(config.memory, model, objective, teacher)
+        self._objective = objective
+        self._question = objective.question_of_rows()
+        counts = np.diff(objective.known.offsets)
+        questions = np.repeat(np.arange(len(counts)), counts)
+        self._codes = questions * model.num_entities + objective.known.values
+        self._views: Views | None = None
+        self.gate: SemanticModule | None = None
+        if isinstance(config.confidence, SemanticConfig):
+            self.gate = SemanticModule(config.confidence.hidden).to(model.entity.device)
+            self._adam = torch.optim.Adam(self.gate.parameters(), lr=config.confidence.lr)
+
+    def weight_at(self, epoch: int) -> float:
+        """Return w in an epoch, the first of which is 0."""
+        since = epoch - self.config.begin_epoch + 1
+        return self.config.weight * min(1.0, max(0, since) / self.config.ramp_epochs)
+
+    def penalty(self, asked: Asked, epoch: int) -> Tensor | float:
+        """Return [] what is added to the loss of a batch, with gradient to its scores; 0 where nothing is remembered yet."""
+        weight, self._views = self.weight_at(epoch), None
+        known = self.memory.recall(asked) if weight > 0 else None
+        if known is None:
+            return 0.0
+        columns, earlier = self._focus(asked, known)
+        present = asked.scores if columns is None else asked.scores.gather(1, columns)
+        self._views = Views(earlier, present.detach(), self._is_answer(asked, columns))
+        of_question, of_candidate = self._confidence(self._views)
+        divergence = self.config.divergence
+        if isinstance(divergence, HuberConfig):
+            distance = huber_distance(present, earlier, divergence.threshold, of_candidate)
+        else:
+            distance = kl_distance(present, earlier, divergence.temperature)
+        return weight * (of_question * distance).mean()
+
+    def after_step(self, model: KgeModel, asked: Asked) -> None:
+        """Let the memory and the semantic module learn from a step."""
+        if self.gate is not None and self._views is not None:
+            self._adam.zero_grad()
+            self.gate.loss(self._views).backward()  # type: ignore[no-untyped-call]  # torch
+            self._adam.step()
+        self.memory.after_step(model, asked)
+
+    def after_epoch(self, model: KgeModel, epoch: int) -> None:
+        """Let the memory take in the model after `epoch` epochs."""
+        self.memory.after_epoch(model, epoch)
+
+    def state_dict(self) -> dict[str, Any]:  # Any: the state of torch's optimiser
+        """Return what `load_state_dict` brings back."""
+        learned = {}
+        if self.gate is not None:
+            learned = {"gate": self.gate.state_dict(), "adam": self._adam.state_dict()}
+        return {"memory": self.memory.state_dict(), **learned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Bring back the state of a training of the same config."""
+        self.memory.load_state_dict(state["memory"])
+        if self.gate is not None:
+            self.gate.load_state_dict(state["gate"])
+            self._adam.load_state_dict(state["adam"])
+
+    def _focus(self, asked: Asked, known: Knowledge) -> tuple[Tensor | None, Tensor]:
+        """Return [B, K] the columns to compare, None for all, and the earlier scores there."""
+        num = self.config.num_candidates
+        if known.columns is not None or num is None or num >= known.scores.shape[1]:
+            return known.columns, known.scores
+        columns = known.scores.topk(num, dim=1).indices
+        if asked.answer is not None:
+            wanted = asked.answer[:, None]
+            is_there = (columns == wanted).any(1, keepdim=True)
+            columns[:, -1:] = torch.where(is_there, columns[:, -1:], wanted)
+        return columns, known.scores.gather(1, columns)
+
+    def _is_answer(self, asked: Asked, columns: Tensor | None) -> Tensor:
+        """Return [B, K] bool: which of the compared are known answers from training."""
+        entities = asked.candidates
+        if entities is None:
+            every = torch.arange(asked.scores.shape[1], device=asked.scores.device)
+            entities = every.expand_as(asked.scores)
+        if columns is not None:
+            entities = entities.gather(1, columns)
+        question = self._question[asked.rows][:, None]
+        wanted = question * self._objective.known.num_entities + entities.cpu().numpy()
+        place = np.minimum(np.searchsorted(self._codes, wanted), len(self._codes) - 1)
+        found: NDArray[np.bool_] = self._codes[place] == wanted
+        return torch.from_numpy(found).to(asked.scores.device)
+
+    def _confidence(self, views: Views) -> tuple[Tensor, Tensor]:
+        config = self.config.confidence
+        all_alike = torch.ones_like(views.earlier)
+        if isinstance(config, EvenConfig):
+            return all_alike[:, 0], all_alike
+        if isinstance(config, RuleConfig):
+            return answer_confidence(views, config.kind), all_alike
+        assert self.gate is not None
+        return self.gate.confidence(views, config.sharpness)
+
+
+def huber_distance(
+    present: Tensor, earlier: Tensor, threshold: float, confidence: Tensor
+) -> Tensor:
+    """Return [B] the weighted mean over candidates of Huber's loss, `a^2/2` up to the threshold d, then `d (|a| - d/2)`.
+
+    Args:
+        present: [B, K] scores, with gradient.
+        earlier: [B, K] scores.
+        threshold: d, of standardised scores.
+        confidence: [B, K].
+    """
+    loss = functional.huber_loss(
+        standardized(present), standardized(earlier), reduction="none", delta=threshold
+    )
+    return (confidence * loss).mean(-1)
+
+
+def kl_distance(present: Tensor, earlier: Tensor, temperature: float) -> Tensor:
+    """Return [B] `T^2 KL(softmax(earlier / T) || softmax(present / T))`.
+
+    Args:
+        present: [B, K] scores, with gradient.
+        earlier: [B, K] scores.
+        temperature: T.
+    """
+    of_present = torch.log_softmax(present / temperature, -1)
+    of_earlier = torch.log_softmax(earlier / temperature, -1)
+    divergence = functional.kl_div(of_present, of_earlier, reduction="none", log_target=True)
+    return temperature**2 * divergence.sum(-1)
