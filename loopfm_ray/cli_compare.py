@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +39,8 @@ def experiment(
     config: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG", help="An experiment: a YAML file, or the name of one in the package."
+            metavar="CONFIG",
+            help="An experiment on a pipeline or on graphs: a YAML file, or the name of one in the package.",
         ),
     ],
     overrides: SetOption = None,
@@ -53,11 +54,15 @@ def experiment(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run models, arms and variants of a pipeline under several seeds and compare them; goes on where it stopped."""
+    """Run models and arms under several seeds and compare them; goes on where it stopped."""
     log.setup("INFO" if verbose else "WARNING")
+    path = _find_experiment(config)
+    if read_yaml(path).get("kind") == "kge_experiment":
+        _run_on_graphs(path, overrides or (), merge or (), as_json=as_json)
+        return
     from loopfm_ray.experiment_grid import ExperimentConfig
 
-    settings = load_config(ExperimentConfig, find_config(config), overrides or ())
+    settings = load_config(ExperimentConfig, path, overrides or ())
     from loopfm_ray.jobs.experiment import run_experiment
 
     with show_progress() as progress:
@@ -68,6 +73,34 @@ def experiment(
     from loopfm_ray.report.table import write_cells
 
     write_cells(summary, sys.stdout)
+    typer.echo(f"summary: {settings.root / 'summary.json'}")
+    typer.echo(f"report: {settings.root / 'report.html'}")
+
+
+def _find_experiment(name: str) -> Path:
+    """Return the path of an experiment on a pipeline, or else on graphs."""
+    try:
+        return find_config(name)
+    except ConfigError:
+        return find_config(name, "kge")
+
+
+def _run_on_graphs(
+    path: Path, overrides: Sequence[str], merge: Sequence[Path], *, as_json: bool
+) -> None:
+    from loopfm_ray.kge.experiment import KgeExperimentConfig
+
+    settings = load_config(KgeExperimentConfig, path, overrides)
+    from loopfm_ray.jobs.kge_experiment import run_kge_experiment
+
+    with show_progress() as progress:
+        summary = run_kge_experiment(settings, merge=merge, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from loopfm_ray.report.table import write_kge_cells
+
+    write_kge_cells(summary, sys.stdout)
     typer.echo(f"summary: {settings.root / 'summary.json'}")
     typer.echo(f"report: {settings.root / 'report.html'}")
 

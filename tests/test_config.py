@@ -18,6 +18,7 @@ from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiment_grid import ExperimentConfig
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
 from loopfm_ray.kge.embed import KgeRunConfig
+from loopfm_ray.kge.experiment import KgeExperimentConfig
 from loopfm_ray.models.registry import VMS
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -127,7 +128,12 @@ def test_a_section_of_a_file_may_lie_in_another_beside_it(tmp_path):
 @pytest.mark.parametrize("path", [*CONFIGS, *KGE_CONFIGS], ids=lambda path: path.stem)
 def test_every_yaml_loads_and_its_dump_gives_the_same_config(path, tmp_path):
     kind = read_yaml(path).get("kind", "pipeline")
-    of_kind = {"pipeline": PipelineConfig, "experiment": ExperimentConfig, "kge": KgeRunConfig}
+    of_kind = {
+        "pipeline": PipelineConfig,
+        "experiment": ExperimentConfig,
+        "kge": KgeRunConfig,
+        "kge_experiment": KgeExperimentConfig,
+    }
     cls = of_kind[kind]
     config = load_config(cls, path)
     copy = tmp_path / "copy.yaml"

@@ -24,6 +24,8 @@ class KgePoint:
     """Mean training loss over the batches of the last epoch."""
     valid_mrr: float
     """Filtered MRR on the validation triples, all ranked."""
+    train_s: float = field(default=0.0, compare=False)
+    """Seconds of training up to here, without evaluation."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class KgeProgress:
     """When it was."""
     num_worse: int = 0
     """Evaluations since."""
+    train_s: float = field(default=0.0, compare=False)
+    """Seconds of training, without evaluation."""
     is_stopped: bool = False
     """Whether early stopping ended the training."""
     curve: list[KgePoint] = field(default_factory=list)

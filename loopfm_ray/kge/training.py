@@ -5,6 +5,7 @@ checkpoint ends in the same bits, on the same machine and number of threads.
 """
 
 import math
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def train_kge(
         known = index_facts(graph.all_triples(), graph.num_entities, graph.num_relations)
         progress = state.progress
         while progress.epoch < config.epochs and not progress.is_stopped:
+            started = time.perf_counter()
             loss = _train_epoch(model, state, objective, config)
+            progress.train_s += time.perf_counter() - started
             progress.epoch += 1
             if progress.epoch % config.eval_every == 0 or progress.epoch == config.epochs:
                 _evaluate(state, model, graph, known, loss)
@@ -182,7 +185,7 @@ def _evaluate(
     """Rank the validation triples, note the point, and keep the weights if they are the best."""
     ranks = rank_triples(model, graph.valid, known, device=model.entity.device)
     mrr, progress = summarize_ranks(ranks).mrr, state.progress
-    progress.curve.append(KgePoint(progress.epoch, loss, mrr))
+    progress.curve.append(KgePoint(progress.epoch, loss, mrr, progress.train_s))
     progress.num_worse += 1
     if mrr > progress.best_mrr:
         progress.best_mrr, progress.best_epoch, progress.num_worse = mrr, progress.epoch, 0

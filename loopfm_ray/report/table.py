@@ -8,6 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from loopfm_ray.report.kge import COLUMNS, kge_lines
+from loopfm_ray.report.kge import headline as kge_headline
 from loopfm_ray.report.summary import Summary, read_summary
 from loopfm_ray.report.words import (
     format_count,
@@ -107,6 +109,18 @@ def write_cells(summary: Mapping[str, Any], stream: TextIO) -> None:
         value = summary[name]
         shown = format_number(value, 2) if name == "transfer_ratio_over_kd" else format_share(value)
         console.print(Text(f"{name.replace('_', ' ')}: {shown}"))
+
+
+def write_kge_cells(summary: Mapping[str, Any], stream: TextIO) -> None:
+    """Write the cells of an experiment on graphs to `stream`, one line each, and what was found."""
+    table = _table(("model", "arm"), stream.isatty())
+    for name in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for model, arm, texts in kge_lines(summary):
+        table.add_row(*(Text(value) for value in (_clean(model), _clean(arm), *texts)))
+    console = _console(stream)
+    console.print(table)
+    console.print(Text(kge_headline(summary)))
 
 
 def write_analysis(result: Mapping[str, Any], stream: TextIO) -> None:
