@@ -146,7 +146,7 @@ class Moduli:
         """Return [b, D] and [b, K, D]."""
         difference = rows.sub_(query)
         real, imaginary = difference.chunk(2, -1)
-        modulus = (real * real).addcmul_(imaginary, imaginary).sqrt_().clamp_min_(_SMALLEST)
+        modulus = _modulus(real, imaginary).clamp_min_(_SMALLEST)
         scale = torch.div(-grad, modulus, out=modulus)
         for part in (real, imaginary):
             part.mul_(scale)
@@ -156,6 +156,11 @@ class Moduli:
 def _opposite(of_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of the query and of the rows, where the score depends on their difference alone."""
     return -of_rows.sum(1), of_rows
+
+
+def _modulus(real: Tensor, imaginary: Tensor) -> Tensor:
+    """Return the root of the squares, which takes half the time of `torch.hypot` and has no need of its range."""
+    return (real * real).addcmul_(imaginary, imaginary).sqrt_()
 
 
 def _with_bias(score: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,7 +177,7 @@ class _ModulusDistance(torch.autograd.Function):
         columns = entity.T.contiguous()
         for rows in blocks(len(query), len(entity), query.device):
             for real, imaginary in _differences(query[rows], columns):
-                distance[rows] += torch.hypot(real, imaginary)
+                distance[rows] += _modulus(real, imaginary)
         return distance
 
     @staticmethod
@@ -183,7 +188,7 @@ class _ModulusDistance(torch.autograd.Function):
         of_query, of_columns = torch.zeros_like(query), torch.zeros_like(columns)
         for rows in blocks(len(query), len(entity), query.device):
             for k, (real, imaginary) in enumerate(_differences(query[rows], columns)):
-                slope = grad[0][rows] / torch.hypot(real, imaginary).clamp_min(_SMALLEST)
+                slope = grad[0][rows] / _modulus(real, imaginary).clamp_min_(_SMALLEST)
                 for place, part in ((k, slope * real), (k + half, slope * imaginary)):
                     of_query[rows, place] = part.sum(1)
                     of_columns[place] -= part.sum(0)
