@@ -131,7 +131,7 @@ class Moduli:
         """Return [B, E]."""
         # type: torch does not type its functions
         distance: Tensor = _ModulusDistance.apply(query, entity)  # type: ignore[no-untyped-call]
-        return _with_bias(-distance, bias)
+        return _with_bias(distance.neg_(), bias)
 
     def against(self, query: Tensor, entity: Tensor, candidates: Tensor) -> Tensor:
         """Return [B, K]."""
@@ -177,7 +177,7 @@ class _ModulusDistance(torch.autograd.Function):
         columns = entity.T.contiguous()
         for rows in blocks(len(query), len(entity), query.device):
             for real, imaginary in _differences(query[rows], columns):
-                distance[rows] += _modulus(real, imaginary)
+                distance[rows] += real.mul_(real).addcmul_(imaginary, imaginary).sqrt_()
         return distance
 
     @staticmethod
