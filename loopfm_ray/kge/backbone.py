@@ -144,7 +144,7 @@ class KgeModel(nn.Module):
     def score(self, head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
         """Return [B] the scores of triples given by ids [B] int64; a relation may be a reciprocal one."""
         query = self.relations.to_tail(self._vectors(head), relation)
-        score = self.comparison.against(query, self._vectors(tail)[:, None])[:, 0]
+        score = self.comparison.against(query, self.entity, tail[:, None])[:, 0]
         return _plus(_plus(score, self.head_bias, head), self.tail_bias, tail)
 
     def score_tails(
@@ -181,6 +181,44 @@ class KgeModel(nn.Module):
         query = self.relations.to_head(self._vectors(tail), relation)
         return self._scores(query, (self.tail_bias, tail), self.head_bias, candidates)
 
+    def score_answers(
+        self, entity: Tensor, relation: Tensor, candidates: Tensor | None = None
+    ) -> Tensor:
+        """Return the scores of tails where a relation is under R, else of heads of relation - R.
+
+        With reciprocal relations both are tails. Without, all rows are compared at once, whichever way they ask.
+
+        Args:
+            entity: [B] int64 the heads, or tails, that are known.
+            relation: [B] int64 under 2R.
+            candidates: [B, K] int64 the answers of each row; None takes all.
+
+        Returns:
+            [B, K], or [B, E] in order of ids.
+        """
+        if self.size.is_reciprocal:
+            return self.score_tails(entity, relation, candidates)
+        is_head = relation >= self.num_relations
+        query = self._both_ways(self._vectors(entity), relation, is_head)
+        if candidates is None:
+            score = self.comparison.against_all(query, self.entity, None)
+        else:
+            score = self.comparison.against(query, self.entity, candidates)
+        for bias, is_answer in ((self.head_bias, is_head), (self.tail_bias, ~is_head)):
+            if bias is not None:
+                of_answer = bias if candidates is None else bias[candidates]
+                score = score + torch.where(is_answer[:, None], of_answer, bias[entity][:, None])
+        return score
+
+    def _both_ways(self, vectors: Tensor, relation: Tensor, is_head: Tensor) -> Tensor:
+        """Return [B, D] where the answers should lie, from vectors [B, D] of what is known and relations [B] under 2R."""
+        of_tails, of_heads = torch.nonzero(~is_head)[:, 0], torch.nonzero(is_head)[:, 0]
+        tails = self.relations.to_tail(look_up(vectors, of_tails), relation[of_tails])
+        heads = self.relations.to_head(
+            look_up(vectors, of_heads), relation[of_heads] - self.num_relations
+        )
+        return look_up(torch.cat([tails, heads]), torch.argsort(torch.cat([of_tails, of_heads])))
+
     def factors(self, head: Tensor, relation: Tensor, tail: Tensor) -> Factors:
         """Return what the regularisers of triples given by ids [B] read."""
         first, last = self._vectors(head), self._vectors(tail)
@@ -212,7 +250,7 @@ class KgeModel(nn.Module):
         if candidates is None:
             score = self.comparison.against_all(query, self.entity, bias)
         else:
-            score = self.comparison.against(query, self._vectors(candidates))
+            score = self.comparison.against(query, self.entity, candidates)
             score = _plus(score, bias, candidates)
         of_query, ids = asked
         return score if of_query is None else score + of_query[ids][:, None]

@@ -220,20 +220,7 @@ def score_answers(
 
     The second half of the relations asks for heads: through reciprocal relations where the backbone has them.
     """
-    if model.size.is_reciprocal:
-        return model.score_tails(entity, relation, candidates)
-    is_head = relation >= model.num_relations
-    of_tails, of_heads = torch.nonzero(~is_head)[:, 0], torch.nonzero(is_head)[:, 0]
-
-    def chosen(rows: Tensor) -> Tensor | None:
-        return None if candidates is None else candidates[rows]
-
-    tails = model.score_tails(entity[of_tails], relation[of_tails], chosen(of_tails))
-    heads = model.score_heads(
-        relation[of_heads] - model.num_relations, entity[of_heads], chosen(of_heads)
-    )
-    place = torch.argsort(torch.cat([of_tails, of_heads]))
-    return torch.cat([tails, heads])[place]
+    return model.score_answers(entity, relation, candidates)
 
 
 def _sampled_loss(config: SampledConfig, scores: Tensor) -> Tensor:

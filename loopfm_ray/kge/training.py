@@ -208,8 +208,8 @@ def _distillation(
 
 def _optimizer(config: KgeTrainConfig, model: KgeModel) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=config.lr)
-    return torch.optim.Adagrad(model.parameters(), lr=config.lr)
+        return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    return torch.optim.Adagrad(model.parameters(), lr=config.lr, fused=True)
 
 
 def _key(

@@ -50,6 +50,15 @@ def test_repeats_and_order_of_triples_change_nothing():
             np.testing.assert_array_equal(getattr(first, part), getattr(second, part))
 
 
+def test_facts_of_more_names_than_one_number_holds_are_sorted_alike():
+    triples = random_triples(0, 40, E, R)
+    few, many = (index_facts(triples, num, R) for num in (E, 2**40))
+    for name in ("tails", "heads"):
+        for part in ("keys", "offsets", "values"):
+            first, second = (getattr(getattr(facts, name), part) for facts in (few, many))
+            np.testing.assert_array_equal(first, second)
+
+
 def test_what_is_no_graph_is_refused():
     with pytest.raises(DataError, match="found none"):
         index_facts(np.empty((0, 3), np.int64), E, R)

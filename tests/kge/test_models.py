@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.kge import comparisons
+from loopfm_ray.kge import candidates, comparisons
 from loopfm_ray.kge.models import BACKBONES, build_kge, read_kge_config
 from loopfm_ray.kge.regularizers import dura, n3
 from tests.kge import twins
@@ -139,15 +139,20 @@ def test_gradients_are_those_of_the_paper(name):
 
 
 @pytest.mark.parametrize("cells", [1, 20, 1 << 20])
-def test_moduli_do_not_depend_on_the_size_of_blocks(cells, monkeypatch):
-    monkeypatch.setattr(comparisons, "_CELLS", cells)
+@pytest.mark.parametrize(
+    "name", [name for name in comparisons.__all__ if name != comparisons.Comparison.__name__]
+)
+def test_blocks_of_any_size_give_the_scores_and_slopes_of_all(name, cells, monkeypatch):
+    monkeypatch.setattr(candidates, "_CELLS", cells)
     torch.manual_seed(0)
+    comparison = getattr(comparisons, name)()
     query, entity = torch.randn(5, 8).double(), torch.randn(9, 8).double()
-    slopes = torch.randn(5, 9).double()
+    chosen = torch.randint(0, 9, (5, 12))  # some twice
+    slopes = torch.randn(5, 12).double()
     results = []
     for score in (
-        lambda q, e: comparisons.Moduli().against_all(q, e, None),
-        lambda q, e: comparisons.Moduli().against(q, e[None].expand(5, -1, -1)),
+        lambda q, e: comparison.against_all(q, e, None).gather(1, chosen),
+        lambda q, e: comparison.against(q, e, chosen),
     ):
         q, e = query.clone().requires_grad_(), entity.clone().requires_grad_()
         found = score(q, e)

@@ -90,6 +90,20 @@ def test_ranks_equal_brute_force(seed, num_facts, num_triples, num_values, max_c
     assert_equal(found, brute_force(table, triples, facts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_smallest_difference_of_scores_is_no_tie(dtype):
+    """Neighbouring numbers, the subnormal ones too, and the ends of the range."""
+    ends = torch.finfo(dtype)
+    least = ends.smallest_normal * ends.eps
+    ladder = [ends.min, -least, 0.0, least, 1.0, 1.0 + ends.eps, 3.0, ends.max, ends.max]
+    table = Table(np.zeros((E, R, E)))
+    scores = torch.tensor(ladder, dtype=torch.float64).to(dtype)  # the two best tie
+    table.tails = table.heads = scores.expand(E, R, E)
+    triples = np.array([[0, 0, tail] for tail in range(E)])
+    found = rank_triples(table, triples, facts_of(np.array([[8, 1, 8]])))
+    np.testing.assert_array_equal(found.tail, [9, 8, 7, 6, 5, 4, 3, 1.5, 1.5])
+
+
 @given(st.integers(0, 2**31), st.integers(1, 100))
 def test_filtering_never_worsens_a_rank(seed, num_facts):
     triples, table = random_triples(seed, 5, E, R), random_table(seed)
