@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from kge_turns import per_second, run_turn
-from machine import describe_machine
+from machine import describe_machine, print_found
 
 MODELS = ("transe", "rotate", "complex", "distmult")
 LIBRARIES = ("numpy", "torch", "pykeen")
@@ -98,12 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = report(args, Path(folder))
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for name, value in found.items():
-            if isinstance(value, int | float):
-                print(f"{name:42} {value}")
+    print_found(found, args.json)
 
 
 if __name__ == "__main__":

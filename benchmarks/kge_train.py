@@ -4,13 +4,12 @@
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from kge_turns import per_second, run_turn
-from machine import describe_machine
+from machine import describe_machine, print_found
 
 MODELS = ("transe", "rotate", "complex", "distmult")
 CONTENDERS = ("ours_triples", "ours_questions", "pykeen")
@@ -89,12 +88,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     found = report(args)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for name, value in found.items():
-            if isinstance(value, int | float):
-                print(f"{name:42} {value}")
+    print_found(found, args.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a benchmark ran on."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -24,3 +25,13 @@ def describe_machine(libraries: Sequence[str]) -> dict[str, Any]:  # Any: JSON
             **{name: version(name) for name in libraries},
         },
     }
+
+
+def print_found(found: dict[str, Any], as_json: bool) -> None:  # Any: JSON
+    """Print all keys as JSON, or a line for each number."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        if isinstance(value, int | float):
+            print(f"{name:42} {value}")

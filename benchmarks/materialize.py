@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from machine import describe_machine
+from machine import describe_machine, print_found
 from materialize_world import KINDS, write_world
 
 HERE = Path(__file__).resolve().parent
@@ -133,12 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         found = report(args, Path(folder))
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for name, value in found.items():
-            if isinstance(value, int | float):
-                print(f"{name:42} {value}")
+    print_found(found, args.json)
 
 
 if __name__ == "__main__":

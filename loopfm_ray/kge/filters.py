@@ -1,6 +1,7 @@
 """Known facts: the true tails of (head, relation) and the true heads of (relation, tail), as sorted arrays."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +47,24 @@ class Answers:
 
     def contains(self, entity: Ids, relation: Ids, answer: Ids) -> NDArray[np.bool_]:
         """Return [B] whether each answer is a true one of its question."""
-        rows = np.repeat(np.arange(len(self.keys)), np.diff(self.offsets))
-        codes = rows * self.num_entities + self.values
-        wanted = self._rows(entity, relation) * self.num_entities + answer
-        places = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
-        found: NDArray[np.bool_] = codes[places] == wanted
+        found = self.has(self._rows(entity, relation), answer)
         found &= self.counts(entity, relation) > 0
         return found
+
+    def has(self, question: Ids, answer: Ids) -> NDArray[np.bool_]:
+        """Return whether answers are true ones of questions given by their numbers, both of one shape or broadcast to one."""
+        wanted = question * self.num_entities + answer
+        places = np.minimum(np.searchsorted(self._codes, wanted), len(self._codes) - 1)
+        found: NDArray[np.bool_] = self._codes[places] == wanted
+        return found
+
+    @cached_property
+    def _codes(self) -> Ids:
+        """[n] number of the question times E, plus the answer: sorted."""
+        return (
+            np.repeat(np.arange(len(self.keys)), np.diff(self.offsets)) * self.num_entities
+            + self.values
+        )
 
     def _rows(self, entity: Ids, relation: Ids) -> Ids:
         """Return [B] the number of each question; of an unknown one, that of another."""

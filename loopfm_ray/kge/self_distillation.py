@@ -15,9 +15,7 @@ same loss is distillation from that teacher.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
@@ -112,9 +110,6 @@ class SelfDistillation:
         self.memory = make_memory(config.memory, model, objective, teacher)
         self._objective = objective
         self._question = objective.question_of_rows()
-        counts = np.diff(objective.known.offsets)
-        questions = np.repeat(np.arange(len(counts)), counts)
-        self._codes = questions * model.num_entities + objective.known.values
         self._views: Views | None = None
         self.gate: SemanticModule | None = None
         if isinstance(config.confidence, SemanticConfig):
@@ -190,9 +185,7 @@ class SelfDistillation:
         if columns is not None:
             entities = entities.gather(1, columns)
         question = self._question[asked.rows][:, None]
-        wanted = question * self._objective.known.num_entities + entities.cpu().numpy()
-        place = np.minimum(np.searchsorted(self._codes, wanted), len(self._codes) - 1)
-        found: NDArray[np.bool_] = self._codes[place] == wanted
+        found = self._objective.known.has(question, entities.cpu().numpy())
         return torch.from_numpy(found).to(asked.scores.device)
 
     def _confidence(self, views: Views) -> tuple[Tensor, Tensor]:
