@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from history_data import CASES, read_case
-from machine import describe_machine
+from machine import describe_machine, print_found
 
 HERE = Path(__file__).resolve().parent
 DUCKDB = ("duckdb_asof", "duckdb_window")
@@ -259,12 +259,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         found = report(args, Path(folder))
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for name, value in found.items():
-            if isinstance(value, (int, float)):
-                print(f"{name:42} {value}")
+    print_found(found, args.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Any
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import words
 from loopfm_ray.report.page import plotly_base64, render_template, yaml_text
-from loopfm_ray.report.stream import figure, stream_figures, stream_tables
+from loopfm_ray.report.parts import bars, css_colour, figure, markdown_row
+from loopfm_ray.report.stream import stream_figures, stream_tables
 from loopfm_ray.store.tables import write_text
 
 __all__ = ["build_grid_report", "render_grid", "render_markdown"]
@@ -106,20 +107,27 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     for name in _variants(summary):
         head = ("model", "arm", *(column for column in _COLUMNS))
         parts += [f"Variant `{name}`, mean of {len(summary['seeds'])} seeds (± sd):", ""]
-        parts += [_row(head), _row(["---"] * 2 + ["---:"] * len(_COLUMNS))]
+        parts += [markdown_row(head), markdown_row(["---"] * 2 + ["---:"] * len(_COLUMNS))]
         for line in _lines(summary, name):
             cells = [
                 f"{text} ± {spread}" if spread else text
                 for text, spread in zip(line.texts, line.spreads, strict=True)
             ]
-            parts.append(_row((line.model, line.arm, *cells)))
+            parts.append(markdown_row((line.model, line.arm, *cells)))
         parts.append("")
-    parts += [_row(("variant", "FM: test NE", "AUC", "parameters")), _row(["---"] + ["---:"] * 3)]
-    parts += [_row(line) for line in _fm_lines(summary)]
+    parts += [
+        markdown_row(("variant", "FM: test NE", "AUC", "parameters")),
+        markdown_row(["---"] + ["---:"] * 3),
+    ]
+    parts += [markdown_row(line) for line in _fm_lines(summary)]
     probes = _probe_lines(summary)
     if probes:
-        parts += ["", _row(("variant", "logloss of a probe, in nats")), _row(["---", "---"])]
-        parts += [_row(line) for line in probes]
+        parts += [
+            "",
+            markdown_row(("variant", "logloss of a probe, in nats")),
+            markdown_row(["---", "---"]),
+        ]
+        parts += [markdown_row(line) for line in probes]
     return "\n".join(parts) + "\n"
 
 
@@ -165,7 +173,7 @@ def _variants(summary: Mapping[str, Any]) -> list[str]:
 def _lines(summary: Mapping[str, Any], variant: str) -> list[Line]:
     colours = _colours(summary)
     return [
-        _line(cell, summary, _css(colours[cell["arm"]]))
+        _line(cell, summary, css_colour(colours[cell["arm"]]))
         for cell in summary["cells"]
         if cell["variant"] == variant
     ]
@@ -234,37 +242,11 @@ def _colours(summary: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _css(colour: str) -> str:
-    return f"var({colour})" if colour.startswith("--") else colour
-
-
 def _auc_figure(summary: Mapping[str, Any]) -> Json:
     """Return bars of the mean test AUC by model and arm, of the variant at the top."""
     cells = [cell for cell in summary["cells"] if cell["variant"] == summary["headline_variant"]]
-    data = []
-    for arm, colour in _colours(summary).items():
-        mine = [cell for cell in cells if cell["arm"] == arm]
-        data.append(
-            {
-                "type": "bar",
-                "name": html.escape(pretty_arm(arm)),
-                "x": [html.escape(cell["model"]) for cell in mine],
-                "y": [cell["mean"]["auc"] for cell in mine],
-                "error_y": {
-                    "type": "data",
-                    "array": [cell["sd"].get("auc", 0.0) for cell in mine],
-                    "color": "--ink",
-                    "thickness": 1,
-                    "width": 2,
-                },
-                "marker": {"color": colour},
-                "hovertemplate": "%{x}: %{y:.4f}",
-            }
-        )
-    values = [cell["mean"]["auc"] for cell in cells]
-    low, high = min(values), max(values)
-    pad = 0.1 * (high - low) or 0.01
-    layout = {"barmode": "group", "yaxis": {"range": [low - pad, high + pad]}, "bargap": 0.2}
+    data, (low, high) = bars(cells, "auc", _colours(summary), pretty_arm)
+    layout = {"barmode": "group", "yaxis": {"range": [low, high]}, "bargap": 0.2}
     caption = "Mean test AUC over seeds, ± one standard deviation. The axis does not begin at 0."
     return figure("auc", "AUC by VM and arm", caption, data, layout)
 
@@ -300,8 +282,3 @@ def _variant_trace(cells: Sequence[Json], arm: str, colour: str) -> Json:
         "marker": {"color": colour, "size": 7},
         "hovertemplate": "%{x}: %{y:.4f}",
     }
-
-
-def _row(cells: Sequence[str]) -> str:
-    safe = (cell.replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(safe)} |"

@@ -1,14 +1,13 @@
 """The page, the Markdown tables and the lines on a terminal of an experiment on knowledge graph embedding."""
 
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import words
 from loopfm_ray.report.page import plotly_base64, render_template, yaml_text
-from loopfm_ray.report.stream import figure
+from loopfm_ray.report.parts import bars, css_colour, figure, markdown_row
 from loopfm_ray.store.tables import write_text
 
 __all__ = ["COLUMNS", "build_kge_report", "headline", "kge_lines", "render_kge", "render_markdown"]
@@ -67,7 +66,10 @@ def render_kge(summary: Mapping[str, Any]) -> str:
         headline=headline(summary),
         tiles=_tiles(summary),
         columns=COLUMNS,
-        lines=[(model, arm, _css(colours[arm]), texts) for model, arm, texts in kge_lines(summary)],
+        lines=[
+            (model, arm, css_colour(colours[arm]), texts)
+            for model, arm, texts in kge_lines(summary)
+        ],
         figures=figures,
         figure_specs={item["id"]: item["spec"] for item in figures},
         plotly=plotly_base64(),
@@ -82,9 +84,9 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         DataError: the summary lacks a key.
     """
     _check(summary)
-    parts = [f"**{headline(summary)}**", "", _row(("model", "arm", *COLUMNS))]
-    parts.append(_row(("---", "---", *("---:" for _ in COLUMNS))))
-    parts += [_row((model, arm, *texts)) for model, arm, texts in kge_lines(summary)]
+    parts = [f"**{headline(summary)}**", "", markdown_row(("model", "arm", *COLUMNS))]
+    parts.append(markdown_row(("---", "---", *("---:" for _ in COLUMNS))))
+    parts += [markdown_row((model, arm, *texts)) for model, arm, texts in kge_lines(summary)]
     return "\n".join(parts) + "\n"
 
 
@@ -151,41 +153,10 @@ def _colours(summary: Mapping[str, Any]) -> dict[str, str]:
     return {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(arms)}
 
 
-def _css(colour: str) -> str:
-    return f"var({colour})" if colour.startswith("--") else colour
-
-
 def _mrr_figure(summary: Mapping[str, Any], colours: Mapping[str, str]) -> Json:
-    data = []
-    for arm, colour in colours.items():
-        mine = [cell for cell in summary["cells"] if cell["arm"] == arm]
-        data.append(
-            {
-                "type": "bar",
-                "name": html.escape(arm),
-                "x": [html.escape(cell["model"]) for cell in mine],
-                "y": [cell["mean"]["mrr"] for cell in mine],
-                "error_y": {
-                    "type": "data",
-                    "array": [cell["sd"]["mrr"] or 0.0 for cell in mine],
-                    "color": "--ink",
-                    "thickness": 1,
-                    "width": 2,
-                },
-                "marker": {"color": colour},
-                "hovertemplate": "%{x}: %{y:.4f}",
-            }
-        )
-    values = [cell["mean"]["mrr"] for cell in summary["cells"]]
-    low, high = min(values), max(values)
-    pad = 0.1 * (high - low) or 0.01
-    layout = {"barmode": "group", "yaxis": {"range": [max(0.0, low - pad), high + pad]}}
+    data, (low, high) = bars(summary["cells"], "mrr", colours, str)
+    layout = {"barmode": "group", "yaxis": {"range": [max(0.0, low), high]}}
     caption = (
         "Mean filtered test MRR over seeds, ± one standard deviation. The axis need not begin at 0."
     )
     return figure("mrr", "MRR by model and arm", caption, data, layout)
-
-
-def _row(cells: Sequence[str]) -> str:
-    safe = (cell.replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(safe)} |"

@@ -6,22 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loopfm_ray.report import words
+from loopfm_ray.report.parts import figure
 
-__all__ = ["figure", "stream_figures", "stream_tables"]
+__all__ = ["stream_figures", "stream_tables"]
 
 Json = dict[str, Any]  # Any: JSON of the summary
 Shown = Callable[[str], str]
 """From the name of an arm to what is shown."""
-
-
-def figure(name: str, title: str, caption: str, data: list[Json], layout: Json) -> Json:
-    """Return a figure of the page of an experiment."""
-    return {
-        "id": name,
-        "title": title,
-        "caption": caption,
-        "spec": {"data": data, "layout": layout},
-    }
 
 
 def stream_figures(
