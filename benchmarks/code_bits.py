@@ -22,8 +22,8 @@ from loopfm_ray.errors import LoopFMError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import read_run
 from loopfm_ray.jobs.stages import vm_jobs
-from loopfm_ray.jobs.train_vm import VmData, VmJob
 from loopfm_ray.jobs.training import score_rows
+from loopfm_ray.jobs.vm_data import VmData, VmJob
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.train.evaluate import Predictions, binary_metrics
 from loopfm_ray.train.process import set_up_process

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loopfm_ray import __version__, cli_compare, cli_kge, cli_serve
+from loopfm_ray import __version__, cli_compare, cli_kge, cli_serve, cli_sweep
 from loopfm_ray.cli_options import (
     ConfigArgument,
     FreshOption,
@@ -49,6 +49,7 @@ app = typer.Typer(
 cli_compare.add_verbs(app)
 cli_kge.add_verbs(app)
 cli_serve.add_verbs(app)
+cli_sweep.add_verbs(app)
 
 
 def main() -> None:

@@ -15,9 +15,8 @@ from loopfm_ray.cli_options import (
     JsonOption,
     SetOption,
     VerboseOption,
-    find_config,
 )
-from loopfm_ray.config import load_config, read_yaml
+from loopfm_ray.config import find_config, load_config, read_yaml
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.terminal import show_progress

@@ -11,10 +11,9 @@ from loopfm_ray.cli_options import (
     JsonOption,
     SetOption,
     VerboseOption,
-    find_config,
     print_result,
 )
-from loopfm_ray.config import load_config
+from loopfm_ray.config import find_config, load_config
 from loopfm_ray.terminal import show_progress
 
 __all__ = ["add_verbs"]

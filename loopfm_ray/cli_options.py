@@ -1,14 +1,12 @@
-"""What the verbs of the command line share: arguments, where a named config lies, how a result is printed."""
+"""What the verbs of the command line share: arguments, how a result is printed."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from loopfm_ray import log
-from loopfm_ray.config import load_config
-from loopfm_ray.errors import ConfigError
+from loopfm_ray.config import find_config, load_config
 from loopfm_ray.experiments import PipelineConfig
 
 __all__ = [
@@ -19,7 +17,6 @@ __all__ = [
     "SeedOption",
     "SetOption",
     "VerboseOption",
-    "find_config",
     "load_pipeline",
     "print_result",
 ]
@@ -50,30 +47,6 @@ FreshOption = Annotated[
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
 SeedOption = Annotated[int | None, typer.Option(help="The seed; the config's first if not given.")]
-
-
-def find_config(name: str, kind: str = "pipeline") -> Path:
-    """Return the path of a config: a file, or the name of one that comes with the package in the folder `kind` of its configs.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        return path
-    here = Path(__file__).parent
-    for folder in (here / "_configs", here.parent / "configs"):
-        candidate = folder / kind / f"{name}.yaml"
-        if candidate.is_file():
-            return candidate
-    if kind != "pipeline":
-        raise ConfigError(
-            f"there is no config {name!r}; give the path of a YAML file, or the name of one under configs/{kind}"
-        )
-    raise ConfigError(
-        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
-        " synthetic and the others under configs/pipeline"
-    )
 
 
 def load_pipeline(config: str | None, overrides: list[str] | None, verbose: bool) -> PipelineConfig:

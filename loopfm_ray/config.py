@@ -21,8 +21,10 @@ __all__ = [
     "apply_overrides",
     "config_hash",
     "dump_yaml",
+    "find_config",
     "load_config",
     "merge",
+    "read_sections",
     "read_yaml",
     "validate",
 ]
@@ -40,13 +42,38 @@ class Config(BaseModel):
     )
 
 
+def find_config(name: str, kind: str = "pipeline") -> Path:
+    """Return the path of a config: a file, or the name of one that comes with the package in the folder `kind` of its configs.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    here = Path(__file__).parent
+    # sweeps lie at the top of the repository, beside configs
+    for folder in (here / "_configs", here.parent / "configs", here.parent):
+        candidate = folder / kind / f"{name}.yaml"
+        if candidate.is_file():
+            return candidate
+    if kind != "pipeline":
+        raise ConfigError(
+            f"there is no config {name!r}; give the path of a YAML file, or the name of one in the package's folder {kind}"
+        )
+    raise ConfigError(
+        f"there is no config {name!r}; give the path of a YAML file, or one of complete_journey, movielens, online_retail,"
+        " synthetic and the others under configs/pipeline"
+    )
+
+
 def load_config(cls: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
     """Build `cls` from the YAML file at `path` (or defaults alone) and `overrides` like `a.b=value`.
 
     Raises:
         ConfigError: the file is missing or no mapping, or a key or value is not accepted.
     """
-    tree = _with_sections(cls, path) if path is not None else {}
+    tree = read_sections(cls, path) if path is not None else {}
     source = str(path) if path is not None else "the defaults"
     return validate(cls, apply_overrides(tree, overrides), source)
 
@@ -148,7 +175,7 @@ def _override_value(name: str, text: str) -> object:
     return _section(name, Path(value)) if _is_yaml(value) else value
 
 
-def _with_sections(cls: type[Config], path: Path) -> Tree:
+def read_sections(cls: type[Config], path: Path) -> Tree:
     """Return the tree of a file; sections that name a file, seen from its folder, are read from there."""
     tree = read_yaml(path)
     for name, value in tree.items():

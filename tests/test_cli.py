@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from loopfm_ray import __version__
 from loopfm_ray.cli import app
-from loopfm_ray.cli_options import find_config
+from loopfm_ray.config import find_config
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.terminal import show_progress
 

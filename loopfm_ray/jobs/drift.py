@@ -24,7 +24,7 @@ from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import splits_of
 from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.stages import vm_jobs
-from loopfm_ray.jobs.train_vm import VmData, VmJob
+from loopfm_ray.jobs.vm_data import VmData, VmJob
 from loopfm_ray.store.codes import CodeSpec, decode, encode
 from loopfm_ray.store.manifest import find_manifest
 from loopfm_ray.store.offline import LatentsReader

@@ -19,8 +19,8 @@ from loopfm_ray.data.examples import ExampleSet, Rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import StoreError
-from loopfm_ray.jobs.train_vm import VmData, VmJob
 from loopfm_ray.jobs.training import score_rows
+from loopfm_ray.jobs.vm_data import VmData, VmJob
 from loopfm_ray.metrics.calibration import calibration_bins, fit_platt
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, read_manifest

@@ -14,9 +14,9 @@ from loopfm_ray.serving.spec import BundleSpec, HistoryPin
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.publish import publish
 from loopfm_ray.store.space import Space
-from loopfm_ray.train.trained import load_trained_vm
+from loopfm_ray.train.trained import TrainedVm, load_trained_vm
 
-__all__ = ["export_bundle", "run_publish"]
+__all__ = ["bundle_spec", "export_bundle", "run_publish"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -72,16 +72,7 @@ def export_bundle(config: PipelineConfig, space: Space) -> tuple[Manifest, float
     data = PreparedData.open(config.paths.prepared)
     trained_manifest = needed(config.paths.vm(seed, name), "train-vm")
     trained = load_trained_vm(config.paths.vm(seed, name))
-    names = {field.name for field in trained.schema.fields}
-    spec = BundleSpec(
-        name=name,
-        vm=trained.config,
-        schema=trained.schema,
-        calibration=trained.calibration,
-        history=_pin(config, trained_manifest, space) if trained.config.history.sources else None,
-        derive=tuple(item for item in config.data.derive if item in names),
-        sequence_len=config.data.sequence_len,
-    )
+    spec = bundle_spec(config, trained, trained_manifest, space)
     inputs = {"vm": trained_manifest.version, **trained_manifest.inputs}
     measured_on = (
         trained.model.eval(),
@@ -103,6 +94,26 @@ def export_bundle(config: PipelineConfig, space: Space) -> tuple[Manifest, float
         config.paths.bundle, spec, trained.model, data, inputs, reference, backends
     )
     return manifest, int8_loss
+
+
+def bundle_spec(
+    config: PipelineConfig, trained: TrainedVm, manifest: Manifest, space: Space
+) -> BundleSpec:
+    """Return what a trained VM is to serving, under the name of the VM that is served.
+
+    Raises:
+        StoreError: the VM was trained in another space.
+    """
+    names = {field.name for field in trained.schema.fields}
+    return BundleSpec(
+        name=config.online.model,
+        vm=trained.config,
+        schema=trained.schema,
+        calibration=trained.calibration,
+        history=_pin(config, manifest, space) if trained.config.history.sources else None,
+        derive=tuple(item for item in config.data.derive if item in names),
+        sequence_len=config.data.sequence_len,
+    )
 
 
 def _pin(config: PipelineConfig, trained: Manifest, space: Space) -> HistoryPin:

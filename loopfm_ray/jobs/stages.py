@@ -29,7 +29,8 @@ from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.jobs.publishing import run_publish
 from loopfm_ray.jobs.refresh import refreshed_latents
 from loopfm_ray.jobs.snapshots import Making, clear, ensure_fm, ensure_snapshots
-from loopfm_ray.jobs.train_vm import VmJob, train_vms
+from loopfm_ray.jobs.train_vm import train_vms
+from loopfm_ray.jobs.vm_data import VmJob
 from loopfm_ray.jobs.vm_inputs import vm_inputs
 from loopfm_ray.store.filesystem import absolute, is_remote
 from loopfm_ray.store.manifest import (

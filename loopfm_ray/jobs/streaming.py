@@ -37,8 +37,9 @@ from loopfm_ray.experiment_grid import cell_name
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
 from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.evaluate import read_predictions
-from loopfm_ray.jobs.train_vm import VmData, trained_form
+from loopfm_ray.jobs.train_vm import trained_form
 from loopfm_ray.jobs.training import adapter_step, file_blocks
+from loopfm_ray.jobs.vm_data import VmData
 from loopfm_ray.jobs.vm_inputs import vm_inputs
 from loopfm_ray.metrics.calibration import PlattScaling
 from loopfm_ray.models.registry import build_vm

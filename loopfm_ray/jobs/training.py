@@ -25,10 +25,19 @@ from loopfm_ray.data.examples import ExampleFile, Rows, iterate_rows
 from loopfm_ray.data.windows import StepPlan, rechunk, shuffle_windows
 from loopfm_ray.distill.heads import AuxiliaryVm
 from loopfm_ray.experiments import LearningConfig
+from loopfm_ray.jobs.checkpoints import KEY, Checkpoints, RayCheckpoints
 from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.train.curves import load_curves, write_curves
 from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
-from loopfm_ray.train.loop import Evaluation, FitReport, Hooks, Progress, fit, progress_records
+from loopfm_ray.train.loop import (
+    Evaluation,
+    FitReport,
+    Hooks,
+    LoopConfig,
+    Progress,
+    fit,
+    progress_records,
+)
 from loopfm_ray.train.optim import build_adapter_optimizer, build_optimizer
 from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.state import TrainState, load_state, save_state
@@ -37,6 +46,7 @@ from loopfm_ray.types import TimeRange
 
 __all__ = [
     "BlockSource",
+    "OnEvaluation",
     "Task",
     "Worker",
     "adapter_step",
@@ -51,10 +61,12 @@ __all__ = [
 ]
 
 _STATE = "state"
-_KEY, _FINISHED = "training", "finished"
+_FINISHED = "finished"
 _BLOCK_ROWS = 65_536
 _EVAL_ROWS = 4096
 
+OnEvaluation = Callable[[int, dict[str, float]], None]
+"""Told the number of each validation but the last, from 1, and what it found."""
 BlockSource = Callable[[int], Iterator[Rows]]
 """Epoch -> the rows of this worker in time order."""
 
@@ -99,6 +111,7 @@ class Task:
     """Where it is shown how far the training is, if anywhere."""
     kd_weight: float = 0.0
     hint_weight: float = 0.0
+    on_evaluation: OnEvaluation | None = None
 
 
 def scaling_config(learning: LearningConfig) -> ScalingConfig:
@@ -128,12 +141,20 @@ def file_blocks(
     )
 
 
-def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
+def train(
+    task: Task, worker: Worker, checkpoints: Checkpoints | None = None
+) -> tuple[FitReport, str]:
     """Train the model of `task` in this worker, going on from the last checkpoint if there is one.
+
+    Args:
+        task: what is trained.
+        worker: this process.
+        checkpoints: where they are kept; None keeps them in the run of Ray Train that this is a worker of.
 
     Returns:
         what the training was like, and its learning curves, which are empty but in the first worker.
     """
+    kept = RayCheckpoints(is_first=worker.is_first) if checkpoints is None else checkpoints
     wrapped = ray.train.torch.prepare_model(task.model) if worker.world_size > 1 else task.model
     loop = task.learning.loop(task.plan.num_steps)
     state = TrainState(
@@ -141,12 +162,11 @@ def train(task: Task, worker: Worker) -> tuple[FitReport, str]:
         build_optimizer(loop.optim, task.model),
         adapter_optimizer=build_adapter_optimizer(task.model),
     )
-    recorder = _Recorder(task, worker)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None and checkpoint.get_metadata().get(_KEY) == task.key:
-        with checkpoint.as_directory() as folder:
-            load_state(state, Path(folder) / _STATE)
-            recorder.restore(Path(folder))
+    recorder = _Recorder(task, worker, kept, loop)
+    with kept.latest(task.key) as folder:
+        if folder is not None:
+            load_state(state, folder / _STATE)
+            recorder.restore(folder)
     global_rows = iter(
         np.tile(task.plan.global_sizes(), task.learning.epochs)[state.counters.step :]
     )
@@ -249,11 +269,14 @@ class _Recorder:
     far the training is; a worker on another machine does not have its folder.
     """
 
-    def __init__(self, task: Task, worker: Worker) -> None:
+    def __init__(
+        self, task: Task, worker: Worker, checkpoints: Checkpoints, loop: LoopConfig
+    ) -> None:
         self._lines: list[str] = []
-        self._path, self._worker = task.metrics_file, worker
+        self._path, self._worker, self._checkpoints = task.metrics_file, worker, checkpoints
         self._key, self._finished = task.key, list(task.finished)
         self._total = task.plan.num_steps * task.learning.epochs
+        self._eval_every, self._told = loop.eval_every, task.on_evaluation
 
         self._show("", "w")
 
@@ -272,16 +295,16 @@ class _Recorder:
         self._write(
             [(evaluation.step, "valid", name, value) for name, value in evaluation.metrics.items()]
         )
+        if evaluation.step < self._total and self._told is not None:
+            self._told(evaluation.step // self._eval_every, evaluation.metrics)
 
     def checkpoint(self, state: TrainState) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self._worker.is_first:
-                save_state(state, Path(folder) / _STATE)
-                write_curves(Path(folder), self.curves)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-                checkpoint.set_metadata({_KEY: self._key, _FINISHED: self._finished})
-            ray.train.report({"step": state.counters.step}, checkpoint=checkpoint)
+        def fill(folder: Path) -> None:
+            save_state(state, folder / _STATE)
+            write_curves(folder, self.curves)
+
+        labels = {KEY: self._key, _FINISHED: self._finished}
+        self._checkpoints.keep(fill, labels, state.counters.step)
 
     def _write(self, records: Sequence[tuple[int, str, str, float]]) -> None:
         if not self._worker.is_first:

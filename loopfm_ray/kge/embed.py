@@ -20,7 +20,7 @@ from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
 from loopfm_ray.kge.training import KgeTrainConfig, train_kge
 from loopfm_ray.kge.triples import TripleSet, read_triples
 
-__all__ = ["KgeRunConfig", "embed_graph"]
+__all__ = ["KgeRunConfig", "embed_graph", "read_graph"]
 
 
 class SplitGraphConfig(Config):
@@ -111,7 +111,7 @@ def embed_graph(
     checkpoint = config.root / "checkpoint.pt"
     if fresh:
         checkpoint.unlink(missing_ok=True)
-    graph = _read_graph(config)
+    graph = read_graph(config)
     linked = _read_items(config)
     trained = train_kge(
         graph,
@@ -152,7 +152,12 @@ def _check_device(device: torch.device | str) -> None:
         raise ConfigError(f"device {device} can not be used: {reason}; take cpu") from error
 
 
-def _read_graph(config: KgeRunConfig) -> TripleSet:
+def read_graph(config: KgeRunConfig) -> TripleSet:
+    """Return the graph of a run.
+
+    Raises:
+        DataError, SchemaError: it can not be read.
+    """
     graph = config.graph
     if isinstance(graph, SplitGraphConfig):
         return read_triples(Path(graph.path))

@@ -78,7 +78,7 @@ class TrainedKge:
     """Every evaluation."""
 
 
-def train_kge(
+def train_kge(  # noqa: PLR0913 - what is trained, on what and how; the others are hooks
     graph: TripleSet,
     backbone: AnyKgeConfig,
     config: KgeTrainConfig,
@@ -86,6 +86,7 @@ def train_kge(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, float], None] | None = None,
     teacher: KgeModel | None = None,
+    on_point: Callable[[KgePoint], None] | None = None,
 ) -> TrainedKge:
     """Train a backbone on the training triples, from a checkpoint where there is one.
 
@@ -99,6 +100,7 @@ def train_kge(
         device: where to train.
         on_epoch: called after every epoch with its number and mean loss.
         teacher: a trained model of the same graph, with `distillation.memory.kind: teacher` alone.
+        on_point: called after every evaluation with what it found.
 
     Raises:
         MetricError: the loss or a score is not finite.
@@ -128,6 +130,8 @@ def train_kge(
                 progress.is_stopped = is_late
                 if checkpoint is not None:
                     save_kge_state(state, checkpoint)
+                if on_point is not None:
+                    on_point(progress.curve[-1])
             if on_epoch is not None:
                 on_epoch(progress.epoch, loss)
     if state.best_weights is not None:

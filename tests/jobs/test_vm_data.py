@@ -12,8 +12,9 @@ from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import ConfigError, SchemaError
 from loopfm_ray.experiments import FitNetsConfig, LearningConfig, VmStageConfig
 from loopfm_ray.history.join import JoinSettings, StoredSide, write_joined
-from loopfm_ray.jobs.train_vm import VmData, VmJob, _worker, trained_form
+from loopfm_ray.jobs.train_vm import _worker, trained_form
 from loopfm_ray.jobs.training import Worker
+from loopfm_ray.jobs.vm_data import VmData, VmJob
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.histories import PoolConfig
 from loopfm_ray.models.history_inputs import (
