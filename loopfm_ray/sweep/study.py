@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -86,21 +87,17 @@ def open_study(config: SweepConfig) -> "SweepStudy":
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")
     config.root.mkdir(parents=True, exist_ok=True)
     storage = _open_storage(config)
     directions = [
         StudyDirection.MAXIMIZE if one.is_maximized else StudyDirection.MINIMIZE
         for one in config.objectives
     ]
-    try:
-        study = optuna.create_study(
-            storage=storage, study_name=config.name, directions=directions, load_if_exists=True
-        )
-        _check_settings(study, config)
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(_changed(config, "number of objectives")) from error
+    study = optuna.create_study(
+        storage=storage, study_name=config.name, directions=directions, load_if_exists=True
+    )
+    _check_settings(study, config)
     opened = SweepStudy(config, study)
     opened.reclaim()
     return opened
@@ -134,16 +131,12 @@ def _check_settings(study: optuna.Study, config: SweepConfig) -> None:
         return
     differs = sorted(name for name in mine if config_hash(mine[name]) != config_hash(found[name]))
     if differs:
-        raise ConfigError(_changed(config, ", ".join(differs)))
-
-
-def _changed(config: SweepConfig, what: str) -> str:
-    where = config.storage or config.root / "study.log"
-    return (
-        f"the study {config.name} in {_without_secret(str(where))} was begun with another {what}: its trials can not be"
-        " compared with those of this config. Take back the change, or set another `name` and begin a new study; only"
-        " budget, sampler, scheduler, confirm, scaling, record and ray may change"
-    )
+        where = _without_secret(str(config.storage or config.root / "study.log"))
+        raise ConfigError(
+            f"the study {config.name} in {where} was begun with other {', '.join(differs)}: its trials can not be compared with"
+            " those of this config. Take back the change, or set another `name` and begin a new study; only budget, sampler,"
+            " scheduler, confirm, scaling, record and ray may change"
+        )
 
 
 class SweepStudy:
@@ -235,7 +228,7 @@ class SweepStudy:
         if self.is_over:
             return None
         for params in self._first():
-            self._study.enqueue_trial(params)
+            self._study.enqueue_trial(params, skip_if_exists=True)
         trial = self._study.ask()
         trial.set_user_attr("driver", self._id)
         params = suggest_params(self.config.space, trial)
@@ -243,8 +236,12 @@ class SweepStudy:
         return Asked(trial.number, params)
 
     def _first(self) -> Iterator[Params]:
-        if not self._study.get_trials(deepcopy=False):
-            yield from (dict(params) for params in self.config.first)
+        if self._study.get_trials(deepcopy=False):
+            return
+        yield from (dict(params) for params in self.config.first)
+        if self._is_grid:
+            grid = _grid(self.config)
+            yield from (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
 
     @property
     def is_over(self) -> bool:
@@ -255,10 +252,14 @@ class SweepStudy:
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         if len(self._ended()) + len(running) >= budget.num_trials:
             return True
-        sampler = self._study.sampler
-        return isinstance(sampler, optuna.samplers.GridSampler) and sampler.is_exhausted(
-            self._study
-        )
+        has_begun = bool(self._study.get_trials(deepcopy=False))
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return self._is_grid and has_begun and not waiting
+
+    @property
+    def _is_grid(self) -> bool:
+        """Whether what waits is all that there is."""
+        return self.config.sampler.kind == "grid"
 
     def report(self, number: int, rung: int, value: float) -> None:
         """Keep a validation of a trial that goes on."""
@@ -411,8 +412,6 @@ def _sampler(config: SweepConfig, seed: int) -> BaseSampler:
         return optuna.samplers.NSGAIISampler(
             population_size=settings.population_size, seed=seed, constraints_func=limits
         )
-    if settings.kind == "grid":
-        return optuna.samplers.GridSampler(_grid(config), seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)
 
 
