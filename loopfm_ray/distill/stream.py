@@ -24,7 +24,7 @@ from loopfm_ray.data.examples import Rows, concat_rows, count_rows
 from loopfm_ray.data.split import Splits, format_ts
 from loopfm_ray.data.windows import plan_steps, rechunk, shuffle_requests
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.train.evaluate import predict
+from loopfm_ray.train.evaluate import Predictions, predict
 from loopfm_ray.train.loop import Hooks, LoopConfig, fit
 from loopfm_ray.train.state import TrainState
 from loopfm_ray.train.step import Objective
@@ -158,8 +158,8 @@ class StreamTask:
     """`on_checkpoint` is called inside of chunks and after each."""
     collate: Callable[[int], Callable[[Mapping[str, NDArray[Any]]], Batch]]
     """From a moment to what makes batches with what was known then: ids that nobody had met are unknown."""
-    keep: Callable[[int, Rows, NDArray[Any]], None]
-    """Takes the number of a chunk, its rows and their logits, before the VM learns from the chunk. After a kill it may be
+    keep: Callable[[int, Rows, Predictions], None]
+    """Takes the number of a chunk, its rows and what is predicted of them, before the VM learns from the chunk. After a kill it may be
     called again with the same."""
     seed: int
 
@@ -213,13 +213,13 @@ def run_stream(task: StreamTask, blocks: Iterable[Rows], waiting: LabelBuffer) -
         task.hooks.on_checkpoint(task.state)
 
 
-def _predict(task: StreamTask, rows: Rows, known_by_ts: int) -> NDArray[Any]:
+def _predict(task: StreamTask, rows: Rows, known_by_ts: int) -> Predictions:
     collate = task.collate(known_by_ts)
     parts = (
         {name: values[begin : begin + _PREDICT_ROWS] for name, values in rows.items()}
         for begin in range(0, count_rows(rows), _PREDICT_ROWS)
     )
-    return predict(task.state.model, ((part["user"], collate(part)) for part in parts)).logit
+    return predict(task.state.model, ((part["user"], collate(part)) for part in parts))
 
 
 def _learn(task: StreamTask, rows: Rows, known_by_ts: int, done: int) -> None:

@@ -5,6 +5,7 @@ same rows later.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from loopfm_ray.analysis.progressive import teacher_logit
 from loopfm_ray.analysis.slices import is_repeat, slice_masks
 from loopfm_ray.data.examples import ExampleSet, Rows, read_rows
+from loopfm_ray.data.joined import teacher_prob_of
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import StoreError
@@ -25,7 +27,7 @@ from loopfm_ray.metrics.calibration import calibration_bins, fit_platt
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, read_manifest
 from loopfm_ray.store.tables import read_parquet, write_parquet, write_text
-from loopfm_ray.train.evaluate import Predictions, binary_metrics
+from loopfm_ray.train.evaluate import Predictions, binary_metrics, task_metrics
 from loopfm_ray.train.process import set_up_process
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import TimeRange
@@ -57,6 +59,8 @@ class EvaluationRecord:
     seconds: float
     slices: dict[str, dict[str, float]] = field(default_factory=dict)
     """The test metrics of parts of the rows, with their `share`; a part where they are not defined is left out."""
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The test metrics of the model's further labels, by name, of its uncalibrated predictions."""
     inputs_hash: str = ""
 
 
@@ -83,6 +87,7 @@ def evaluate_vm(job: VmJob, predictions: Path) -> EvaluationRecord:
         train_rows_per_s=trained.record["rows_per_s"],
         seconds=trained.record["train_s"],
         slices=_slices(calibrated, rows, data.prepared),
+        tasks=task_metrics(found, data.schema.tasks),
     )
 
 
@@ -97,7 +102,7 @@ def evaluate_fm(
     """Measure the stored FM predictions, calibrated on the same validation rows as the VMs are."""
     requests = ExampleSet.open(joined, "requests")
     on_valid, _ = _teacher(requests, splits.vm_valid)
-    on_test, rows = _teacher(requests, splits.test)
+    on_test, rows = _teacher(requests, splits.test, read_manifest(joined).meta.get("tasks", ()))
     scaling = fit_platt(on_valid.label, on_valid.logit)
     calibrated = Predictions(scaling.apply(on_test.logit), on_test.label, on_test.user)
     _keep(calibrated, rows, predictions)
@@ -114,6 +119,7 @@ def evaluate_fm(
         train_rows_per_s=record["rows_per_s"],
         seconds=record["train_s"],
         slices=_slices(calibrated, rows, PreparedData.open(prepared)),
+        tasks=task_metrics(on_test, ("", *read_manifest(joined).meta.get("tasks", ()))),
     )
 
 
@@ -139,10 +145,17 @@ def _test_rows(requests: ExampleSet, window: TimeRange, *more: str) -> Rows:
     return {name: values[order] for name, values in rows.items()}
 
 
-def _teacher(requests: ExampleSet, window: TimeRange) -> tuple[Predictions, Rows]:
-    rows = _test_rows(requests, window, "teacher_prob")
+def _teacher(
+    requests: ExampleSet, window: TimeRange, tasks: Sequence[str] = ()
+) -> tuple[Predictions, Rows]:
+    """Return what the FM predicted of the first label and of `tasks`, and the rows."""
+    rows = _test_rows(requests, window, "teacher_prob", *tasks, *map(teacher_prob_of, tasks))
+    others = tuple(
+        Predictions(teacher_logit(rows[teacher_prob_of(task)]), rows[task], rows["user"])
+        for task in tasks
+    )
     logit = teacher_logit(rows["teacher_prob"])
-    return Predictions(logit, rows["label"], rows["user"]), rows
+    return Predictions(logit, rows["label"], rows["user"], others), rows
 
 
 def _keep(predictions: Predictions, rows: Rows, path: Path) -> None:

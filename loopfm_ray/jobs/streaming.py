@@ -6,7 +6,7 @@ at that row and ends in the same bits.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
 from loopfm_ray.analysis.cells import Cell
 from loopfm_ray.analysis.progressive import measure_stream
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.collate import Collator
-from loopfm_ray.data.examples import Rows, concat_rows, count_rows
+from loopfm_ray.data.examples import Rows, concat_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.data.vertical import RowFilter
@@ -37,6 +36,7 @@ from loopfm_ray.experiment_grid import cell_name
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
 from loopfm_ray.jobs.context import Context, needed, splits_of
 from loopfm_ray.jobs.evaluate import read_predictions
+from loopfm_ray.jobs.stream_predictions import KEPT, make_keeper, merge_kept
 from loopfm_ray.jobs.train_vm import trained_form
 from loopfm_ray.jobs.training import adapter_step, file_blocks
 from loopfm_ray.jobs.vm_data import VmData
@@ -57,7 +57,6 @@ from loopfm_ray.types import TimeRange
 
 __all__ = ["StreamJob", "predictions_file", "run_stream_stage", "stream_jobs", "stream_one"]
 
-_KEPT = ("example_id", "event_ts", "user", "label", "teacher_prob")
 _STATE = "state"
 
 Json = dict[str, Any]  # Any: JSON
@@ -122,7 +121,7 @@ class _Stream:
             return
         time_range = TimeRange(start_ts, stop_ts)
         own = self.collate(self.job.window.whole.start_ts).columns
-        asked = (*_KEPT, "label_ts", *self.filter.columns, *self.data.teacher_columns)
+        asked = (*KEPT, "label_ts", *self.filter.columns, *self.data.teacher_columns)
         columns = list(dict.fromkeys([*own, *asked]))
         files = self.data.requests.files(time_range)
         for rows in file_blocks(files, time_range, columns):
@@ -193,15 +192,15 @@ def _stream_one(job: StreamJob) -> Json:
             before_step=adapter_step(state),
         ),
         collate=stream.collate,
-        keep=_keeper(job),
+        keep=make_keeper(job.work, data.schema.tasks),
         seed=job.seed,
     )
     whole, chunk = job.window.whole, state.counters.chunk
     if chunk < job.window.num_chunks:
         at_ts = job.window.chunk(chunk).start_ts
         run_stream(task, stream.blocks(at_ts, whole.stop_ts), stream.waiting(at_ts))
-    rows = _merge(job)
-    record = measure_stream(rows, job.window.measure_from_ts)
+    rows = _kept_rows(job)
+    record = measure_stream(rows, job.window.measure_from_ts, data.schema.tasks[1:])
     write_parquet(pa.table(dict(rows)), job.predictions)
     save_trained_vm(
         job.out_dir,
@@ -224,35 +223,14 @@ def _stream_one(job: StreamJob) -> Json:
     return record
 
 
-def _chunk_file(job: StreamJob, number: int) -> Path:
-    return job.work / "predictions" / f"{number:06d}.parquet"
-
-
-def _keeper(job: StreamJob) -> Callable[[int, Rows, NDArray[Any]], None]:
-    def keep(number: int, rows: Rows, logit: NDArray[Any]) -> None:
-        columns = {name: rows[name] for name in _KEPT}
-        columns["chunk"] = np.full(count_rows(rows), number, dtype=np.int32)
-        columns["logit"] = logit.astype(np.float32)
-        path = _chunk_file(job, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(pa.table(columns), path)
-
-    return keep
-
-
-def _merge(job: StreamJob) -> Rows:
-    """Return the predictions of all chunks.
-
-    Raises:
-        ConfigError: the vertical has no rows.
-    """
-    paths = sorted((job.work / "predictions").glob("*.parquet"))
-    if not paths:
+def _kept_rows(job: StreamJob) -> Rows:
+    rows = merge_kept(job.work)
+    if rows is None:
         raise ConfigError(
             f"the vertical has no rows in the stream (stream.verticals.{job.vertical} is"
             f" {dict(job.where)}); widen it or take it out"
         )
-    return concat_rows([read_predictions(path) for path in paths])
+    return rows
 
 
 def predictions_file(config: PipelineConfig, seed: int, vertical: str, name: str) -> Path:
@@ -368,7 +346,7 @@ def _cell_record(config: PipelineConfig, seed: int, vertical: str, name: str) ->
     location = config.paths.stream(seed, vertical, name)
     manifest, record = read_manifest(location), _record(location)
     return {
-        **{part: record[part] for part in ("test", "valid", "fm", "train_rows_per_s")},
+        **{part: record[part] for part in ("test", "valid", "fm", "tasks", "train_rows_per_s")},
         "seed": seed,
         "num_parameters": manifest.meta["num_parameters"],
     }

@@ -43,7 +43,7 @@ from loopfm_ray.models.registry import build_vm
 from loopfm_ray.models.vertical import VerticalModel
 from loopfm_ray.store.filesystem import Location, join
 from loopfm_ray.store.manifest import find_manifest
-from loopfm_ray.train.evaluate import binary_metrics
+from loopfm_ray.train.evaluate import binary_metrics, task_metrics
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 
 __all__ = ["train_one", "train_vms", "trained_form"]
@@ -205,6 +205,7 @@ def train_one(
     if worker.is_first:
         record = {
             "valid": binary_metrics(valid),
+            "valid_tasks": task_metrics(valid, data.schema.tasks),
             "rows_per_s": report.rows_per_s * worker.world_size,
             "train_s": report.seconds,
         }

@@ -28,7 +28,12 @@ from loopfm_ray.experiments import LearningConfig
 from loopfm_ray.jobs.checkpoints import KEY, Checkpoints, RayCheckpoints
 from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.train.curves import load_curves, write_curves
-from loopfm_ray.train.evaluate import Predictions, binary_metrics, predict
+from loopfm_ray.train.evaluate import (
+    Predictions,
+    binary_metrics,
+    concat_predictions,
+    predict,
+)
 from loopfm_ray.train.loop import (
     Evaluation,
     FitReport,
@@ -238,9 +243,8 @@ def gather_predictions(own: Predictions) -> Predictions:
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return own
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (own.logit, own.label, own.user))
-    logit, label, user = (np.concatenate(column) for column in zip(*everyone, strict=True))
-    return Predictions(logit, label, user)
+    torch.distributed.all_gather_object(everyone, own)
+    return concat_predictions(everyone)
 
 
 def score_rows(

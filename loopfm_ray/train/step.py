@@ -21,6 +21,7 @@ __all__ = [
     "first_logit",
     "make_adapter_step",
     "make_objective",
+    "task_logits",
 ]
 
 
@@ -133,9 +134,14 @@ def make_adapter_step(
     return step
 
 
+def task_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return [B, T]: the logits of an FM or a VM."""
+    return _logits(model(batch))
+
+
 def first_logit(model: nn.Module, batch: Batch) -> Tensor:
     """Return [B]: the first task's logit of an FM or a VM."""
-    return _logits(model(batch))[:, 0]
+    return task_logits(model, batch)[:, 0]
 
 
 def _logits(output: Tensor | FmOutput | JointOutput | HintedOutput | AuxiliaryOutput) -> Tensor:

@@ -106,7 +106,8 @@ def stream(method, seed, bias, delay, wave):
     step = {} if adapter is None else {"before_step": make_adapter_step(model, adapter)}
     kept = []
 
-    def keep(number, rows, logit):
+    def keep(number, rows, predicted):
+        logit = predicted.logit
         columns = {name: rows[name] for name in ("event_ts", "user", "label", "teacher_prob")}
         kept.append({**columns, "chunk": np.full(len(logit), number), "logit": logit})
 

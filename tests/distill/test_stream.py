@@ -113,7 +113,8 @@ class Spy:
 
         return make
 
-    def keep(self, number, rows, logit):
+    def keep(self, number, rows, predicted):
+        logit = predicted.logit
         assert len(logit) == len(rows["example_id"])
         if number in self.kept:
             assert np.array_equal(self.kept[number], logit)

@@ -27,6 +27,12 @@ from loopfm_ray.models.foundation import FmConfig, build_fm
 from loopfm_ray.models.registry import build_vm
 from loopfm_ray.store.compact import compact
 from loopfm_ray.store.reader import LatentsReader
+from loopfm_ray.train.evaluate import (
+    Predictions,
+    binary_metrics,
+    concat_predictions,
+    task_metrics,
+)
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import MICROS_PER_DAY, TimeRange
@@ -154,6 +160,27 @@ def test_a_vm_learns_both_labels_and_follows_both_predictions(made, tmp_path):
         prob = torch.sigmoid(trained.model(batch)).mean(0)
     # 0.4 of the rows are clicked, fewer are large
     assert prob[1] < prob[0] - 0.1
+    kept = pq.read_table(tmp_path / "rows.parquet")
+    large, found = trained.record["tasks"]["large"]["test"], trained.record["test"]
+    is_test = kept.column("event_ts").to_numpy() >= world.VM_STOP
+    label = kept.column("large").to_numpy()[is_test].astype(float)
+    logit = kept.column("logit_large").to_numpy()[is_test].astype(float)
+    logloss = np.mean(np.log1p(np.exp(-logit)) + (1 - label) * logit)
+    base = label.mean()
+    entropy = -base * np.log(base) - (1 - base) * np.log(1 - base)
+    assert large["ne"] == pytest.approx(logloss / entropy, rel=1e-5)
+    assert large["num_rows"] == found["num_rows"] == is_test.sum()
+    assert trained.record["tasks"]["large"]["fm"]["ne"] > 0
+
+
+def test_metrics_of_further_labels_are_theirs(made, tmp_path):
+    rows = {"large": np.array([1.0, 0.0, 0.0, 1.0]), "label": np.array([1.0, 1.0, 0.0, 1.0])}
+    user = np.array([1, 1, 2, 2])
+    large = Predictions(np.array([2.0, -1.0, 0.5, 0.1]), rows["large"], user)
+    first = Predictions(np.array([1.0, 1.0, 0.0, 1.0]), rows["label"], user, (large,))
+
+    assert task_metrics(first, ("label", "large")) == {"large": binary_metrics(large)}
+    assert concat_predictions([first, first]).further[0].logit.tolist() == 2 * large.logit.tolist()
 
 
 def test_a_task_of_a_number_that_is_missing_names_the_cell(tmp_path):
