@@ -35,6 +35,7 @@ VERBS = [
     "spaces",
     "retire",
     "experiment",
+    "sweep",
     "serve",
     "config",
     "doctor",
