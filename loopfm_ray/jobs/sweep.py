@@ -34,7 +34,7 @@ from loopfm_ray.sweep.config import SweepConfig
 from loopfm_ray.sweep.study import Outcome, SweepStudy, open_study
 from loopfm_ray.sweep.summary import summarise_sweep
 
-__all__ = ["run_sweep"]
+__all__ = ["StudySearch", "make_scheduler", "run_sweep"]
 
 _LOGGER = logging.getLogger(__name__)
 _SEEN_S = 20.0
@@ -108,7 +108,7 @@ def _search(config: SweepConfig, study: SweepStudy, progress: Progress) -> None:
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=_scheduler(config, study, search),
+            scheduler=make_scheduler(config, study, search),
             num_samples=-1,
             max_concurrent_trials=config.budget.cores,
             reuse_actors=True,
@@ -209,7 +209,14 @@ class StudySearch(Searcher):
         return {"_metric": self._metric, "_mode": self._mode}
 
 
-def _scheduler(config: SweepConfig, study: SweepStudy, search: StudySearch) -> TrialScheduler:
+def make_scheduler(config: SweepConfig, study: SweepStudy, search: StudySearch) -> TrialScheduler:
+    """Return what ends trials early: nothing, or ASHA that knows all trials of the study so far.
+
+    Args:
+        config: of the sweep.
+        study: of the sweep.
+        search: is told which trials are ended.
+    """
     if config.scheduler is None:
         return FIFOScheduler()
     settings = config.scheduler

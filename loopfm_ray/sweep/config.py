@@ -91,7 +91,12 @@ class Constraint(Config):
         return max(over + under)
 
 
-class TpeConfig(Config):
+class _Sampler(Config):
+    seed: NonNegativeInt = 0
+    """Of the first driver; each further one of a study draws another stream of numbers."""
+
+
+class TpeConfig(_Sampler):
     """Tree-structured Parzen estimators: the default. Bergstra et al., NIPS 2011."""
 
     kind: Literal["tpe"] = "tpe"
@@ -99,7 +104,7 @@ class TpeConfig(Config):
     """Trials at random before it begins."""
 
 
-class GpConfig(Config):
+class GpConfig(_Sampler):
     """A Gaussian process: better than TPE within few trials and dimensions, slower with many."""
 
     kind: Literal["gp"] = "gp"
@@ -107,13 +112,13 @@ class GpConfig(Config):
     """Trials at random before it begins."""
 
 
-class RandomConfig(Config):
+class RandomConfig(_Sampler):
     """Random search, the baseline of every other."""
 
     kind: Literal["random"] = "random"
 
 
-class NsgaConfig(Config):
+class NsgaConfig(_Sampler):
     """NSGA-II, for several objectives. Deb et al., IEEE TEC 2002."""
 
     kind: Literal["nsga2"] = "nsga2"
@@ -121,7 +126,7 @@ class NsgaConfig(Config):
     """Trials of a generation."""
 
 
-class GridConfig(Config):
+class GridConfig(_Sampler):
     """Every combination once; the space holds choices and ranges of whole numbers alone."""
 
     kind: Literal["grid"] = "grid"

@@ -153,7 +153,7 @@ class SweepStudy:
         self._lock = _take_lock(self._lock_path(self._id))
         self._open: dict[int, optuna.Trial] = {}
         drivers = sum(key.startswith(_DRIVER) for key in study.user_attrs)
-        study.sampler = _sampler(config, seed=drivers)
+        study.sampler = _sampler(config, seed=1009 * config.sampler.seed + drivers)
         self.seen()
 
     def close(self) -> None:
