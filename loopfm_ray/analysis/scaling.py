@@ -7,6 +7,11 @@ What is minimised is the sum of squared errors of y itself, every point with the
 logarithms would weight the points by 1 / y ** 2 and can not have an offset. For a given exponent the rest is linear
 least squares, so the search is over the exponent alone, for all bootstrap samples at once.
 
+The bootstrap draws again within each x when every x has several points: their deviations from the mean of that x, widened
+by sqrt(n / (n - 1)), since deviations from a mean of n points are too small. Else it draws whole points, and draws again
+when fewer than three different x are left. All samples are fitted in the form that was chosen, so the intervals do not
+hold the doubt about the form. With a dozen or two of points, 95 % intervals held the truth in 82 to 97 % of simulations.
+
 Source: Kaplan et al. 2020, arXiv 2001.08361, equation 1.1 (pure); Hoffmann et al. 2022, arXiv 2203.15556, equation 2 with
 one of its two sizes (saturating). They fit the logarithm of the loss, Hoffmann et al. with a Huber loss.
 """
@@ -109,10 +114,7 @@ def fit_power_law(
 ) -> PowerLawFit:
     """Fit both forms of the law to points and return the one that predicts a size it has not seen better.
 
-    The bootstrap draws again within each x when every x has several points: their deviations from the mean of that
-    x, widened by sqrt(n / (n - 1)), since deviations from a mean of n points are too small. Else it draws whole
-    points, and draws again when fewer than three different x are left. With few points either interval is rather
-    too narrow. The order of the points changes nothing.
+    The order of the points changes nothing. One point far off moves the fit: leave diverged trainings out.
 
     Args:
         x: sizes, > 0; several points may share one.
@@ -125,12 +127,8 @@ def fit_power_law(
         MetricError: fewer than four points or three different x, an x <= 0, a number that is not finite, y all
             equal, or three different x with a y <= 0, which no form can be tested on.
     """
+    _check_settings(num_bootstrap, level)
     sizes, values = _checked(x, y)
-    if num_bootstrap < 1 or not 0 < level < 1:
-        raise MetricError(
-            "a power law needs num_bootstrap >= 1 and a level between 0 and 1,"
-            f" found {num_bootstrap} and {level}"
-        )
     logs = np.log(sizes)
     centre = float(logs.mean())
     t = logs - centre
@@ -182,6 +180,14 @@ def scaling_record(
     except MetricError as error:
         return {**record, "reason": str(error)}
     return {**record, "fit": json.loads(json.dumps(asdict(fit)))}
+
+
+def _check_settings(num_bootstrap: int, level: float) -> None:
+    if num_bootstrap < 1 or not 0 < level < 1:
+        raise MetricError(
+            "a power law needs num_bootstrap >= 1 and a level between 0 and 1,"
+            f" found {num_bootstrap} and {level}"
+        )
 
 
 def _checked(x: Sequence[float], y: Sequence[float]) -> tuple[Floats, Floats]:
