@@ -77,6 +77,7 @@ def render_report(summary: Mapping[str, Any]) -> str:
         "page.html.j2",
         summary=record,
         words=words,
+        definitions=words.DEFINITIONS,
         columns=_COLUMNS,
         rows=_model_rows(record),
         tiles=_tiles(record),

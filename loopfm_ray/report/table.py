@@ -11,6 +11,9 @@ from rich.text import Text
 from loopfm_ray.report.kge import COLUMNS, kge_lines
 from loopfm_ray.report.kge import headline as kge_headline
 from loopfm_ray.report.summary import Summary, read_summary
+from loopfm_ray.report.sweep import best_columns, best_rows
+from loopfm_ray.report.trials import check_sweep, limit, tally
+from loopfm_ray.report.trials import headline as sweep_headline
 from loopfm_ray.report.words import (
     format_count,
     format_number,
@@ -28,6 +31,7 @@ __all__ = [
     "write_drift",
     "write_ladder",
     "write_stream",
+    "write_sweep",
     "write_table",
 ]
 
@@ -121,6 +125,29 @@ def write_kge_cells(summary: Mapping[str, Any], stream: TextIO) -> None:
     console = _console(stream)
     console.print(table)
     console.print(Text(kge_headline(summary)))
+
+
+def write_sweep(summary: Mapping[str, Any], stream: TextIO) -> None:
+    """Write what a sweep found to `stream`: the best trials with their parameters, and how many ended how.
+
+    Raises:
+        DataError: the summary lacks a key.
+    """
+    check_sweep(summary)
+    console = _console(stream)
+    console.print(Text(_clean(f"{summary['name']}: {sweep_headline(summary)}."), style="bold"))
+    rows = best_rows(summary)
+    if rows:
+        first, *others = best_columns(summary)
+        table = _table((first.name.lower(),), stream.isatty())
+        for column in others:
+            table.add_column(_clean(column.name), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(_clean(cell.text)) for cell in row))
+        console.print(table)
+    console.print(Text(f"{tally(summary)}, in {format_seconds(summary['seconds'])}"))
+    for item in summary.get("constraints", []):
+        console.print(Text(_clean(f"constraint: {limit(item)}")))
 
 
 def write_analysis(result: Mapping[str, Any], stream: TextIO) -> None:
