@@ -99,7 +99,9 @@ def front_figures(summary: Mapping[str, Any]) -> list[Json]:
         data.insert(0, _line([x for x, _ in front], [y for _, y in front]))
     else:
         caption += " The front is that of all objectives, seen from two of them."
-    return [figure("front", "Pareto front", caption + (x_note or y_note), data, layout)]
+    if x_note or y_note:
+        caption += " Trials far worse than most lie outside of the frame; double-click to see them."
+    return [figure("front", "Pareto front", caption, data, layout)]
 
 
 def slice_figures(summary: Mapping[str, Any]) -> list[Json]:

@@ -79,6 +79,9 @@ def test_the_front_is_joined_in_order_and_infeasible_trials_are_marked():
     assert shown["infeasible"]["marker"]["symbol"] == "x"
     assert len(shown["infeasible"]["x"]) == 2
     assert "pruned" not in shown
+    assert figure["spec"]["layout"]["xaxis"]["range"][1] < 1.7
+    assert figure["spec"]["layout"]["yaxis"]["range"][1] < 3
+    assert figure["caption"].count("outside of the frame") == 1
     assert figures.front_figures(example_sweep()) == []
 
 
