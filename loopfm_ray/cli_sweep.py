@@ -37,7 +37,7 @@ def sweep(
 
     settings = load_sweep(find_config(config, "sweeps"), overrides or ())
     from loopfm_ray.jobs.sweep import run_sweep
-    from loopfm_ray.report.sweep import write_sweep
+    from loopfm_ray.report.table import write_sweep
 
     with show_progress() as progress:
         summary = run_sweep(settings, progress=progress)

@@ -96,6 +96,7 @@ def _heard(study: SweepStudy) -> Iterator[None]:
 
 def _search(config: SweepConfig, study: SweepStudy, progress: Progress) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints tables whatever `verbose` says
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     search = StudySearch(study, progress)
     is_gpu = not config.is_of_graphs and _uses_gpu(config)
@@ -143,7 +144,8 @@ def _trial(config: Json, sweep: SweepConfig) -> None:
         _LOGGER.warning("trial %s failed", config["number"], exc_info=error)
         reason = f"{type(error).__name__}: {error}"
         outcome = Outcome("failed", {}, time.perf_counter() - began, reason)
-    tune.report({_ENDED: asdict(outcome)})
+    # Tune asks for the scheduler's metric in every report
+    tune.report({_ENDED: asdict(outcome), _VALUE: float("nan")})
 
 
 class StudySearch(Searcher):
@@ -234,7 +236,7 @@ def make_scheduler(config: SweepConfig, study: SweepStudy, search: StudySearch) 
     return scheduler
 
 
-class _Asha(ASHAScheduler):  # type: ignore[misc]  # Ray ships no types
+class _Asha(ASHAScheduler):
     """ASHA that knows the trials of earlier drivers, and notes which ones it ends."""
 
     def __init__(self, search: StudySearch, **settings: Any) -> None:  # Any: of ASHAScheduler

@@ -4,7 +4,7 @@ The best of many trials is partly luck; this tells how much of it is left.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ def _chosen(config: SweepConfig, study: SweepStudy, asked: ConfirmConfig) -> lis
 
 def _test_metrics(
     config: SweepConfig, asked: ConfirmConfig, name: str, pipeline: PipelineConfig
-) -> list[Mapping[str, float]]:
+) -> list[dict[str, float]]:
     """Return the test metrics of the tuned VM under each seed."""
     own = pipeline.model_copy(
         update={
@@ -128,7 +128,7 @@ def _quiet(_stage: str, _done: int, _total: int) -> None:
 
 
 def _compared(
-    mine: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], *, is_base: bool
+    mine: Sequence[dict[str, float]], base: Sequence[dict[str, float]], *, is_base: bool
 ) -> Json:
     names = [name for name in _SHOWN if all(name in one for one in mine)]
     auc, base_auc = ([one["auc"] for one in tests] for tests in (mine, base))

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loopfm_ray.analysis.scaling import fit_power_law, fit_tree
-from loopfm_ray.errors import MetricError
+from loopfm_ray.analysis.scaling import scaling_record
 from loopfm_ray.sweep.config import ScalingConfig, SweepConfig
 from loopfm_ray.sweep.space import ChoiceParameter, Parameter
 from loopfm_ray.sweep.study import SweepStudy, TrialRow
@@ -90,11 +89,5 @@ def _number(found: Mapping[str, Any], name: str) -> float | None:
 
 
 def _scaling(asked: ScalingConfig, rows: Sequence[TrialRow], config: SweepConfig) -> Json:
-    is_rising = config.is_rising(asked.y)
-    points = scaling_points(asked, rows, is_rising=is_rising)
-    tree: Json = {"x": asked.x, "y": asked.y, "points": [list(point) for point in points]}
-    try:
-        fit = fit_power_law([x for x, _ in points], [y for _, y in points])
-    except MetricError as error:
-        return {**tree, "fit": None, "reason": str(error)}
-    return {**tree, "fit": fit_tree(fit), "reason": None}
+    points = scaling_points(asked, rows, is_rising=config.is_rising(asked.y))
+    return scaling_record(asked.x, asked.y, points)

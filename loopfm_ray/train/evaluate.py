@@ -71,11 +71,12 @@ def predict(
 
 def concat_predictions(parts: Sequence[Predictions]) -> Predictions:
     """Return the predictions of all `parts`, which are of one model, one after another."""
-    columns = ([getattr(part, name) for part in parts] for name in ("logit", "label", "user"))
     others = zip(*(part.further for part in parts), strict=True)
     return Predictions(
-        *(np.concatenate(column) for column in columns),
-        further=tuple(concat_predictions(other) for other in others),
+        np.concatenate([part.logit for part in parts]),
+        np.concatenate([part.label for part in parts]),
+        np.concatenate([part.user for part in parts]),
+        tuple(concat_predictions(other) for other in others),
     )
 
 
