@@ -115,7 +115,7 @@ def test_a_config_is_found_by_name_and_by_path():
     with pytest.raises(ConfigError, match="online_retail"):
         find_config("nothing")
     assert find_config("movielens", "kge").parts[-2:] == ("kge", "movielens.yaml")
-    with pytest.raises(ConfigError, match="under configs/kge"):
+    with pytest.raises(ConfigError, match="folder kge"):
         find_config("synthetic", "kge")
 
 

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loopfm_ray.errors import JobError, LoopFMError
 
-__all__ = ["Progress", "RayMapper", "on_this_node", "silent", "unwrap", "watch"]
+__all__ = ["Progress", "RayMapper", "anywhere", "on_this_node", "silent", "unwrap", "watch"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +58,14 @@ def on_this_node() -> dict[str, Any]:  # Any: Ray ships no types
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
 
 
+def anywhere() -> dict[str, Any]:  # Any: Ray ships no types
+    """Return the options that let a task run wherever there is room.
+
+    Without them a task that is started inside a trial of Tune waits for ever for room in the trial's own placement group.
+    """
+    return {"scheduling_strategy": "DEFAULT"}
+
+
 @dataclass(frozen=True)
 class RayMapper:
     """Runs one Ray task for each task of the core, a bounded number at a time, and yields results in order.
@@ -80,7 +88,7 @@ class RayMapper:
             LoopFMError: the one that `function` raised.
             JobError: a worker died more often than `max_retries`, or raised something else.
         """
-        where = on_this_node() if self.is_here else {}
+        where = on_this_node() if self.is_here else anywhere()
         remote: Any = ray.remote(num_cpus=self.num_cpus, max_retries=self.max_retries, **where)(
             function
         )

@@ -96,6 +96,8 @@ def _heard(study: SweepStudy) -> Iterator[None]:
 
 def _search(config: SweepConfig, study: SweepStudy, progress: Progress) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # it warns of metrics files that nobody asked it to write
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints tables whatever `verbose` says
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     search = StudySearch(study, progress)
@@ -144,8 +146,8 @@ def _trial(config: Json, sweep: SweepConfig) -> None:
         _LOGGER.warning("trial %s failed", config["number"], exc_info=error)
         reason = f"{type(error).__name__}: {error}"
         outcome = Outcome("failed", {}, time.perf_counter() - began, reason)
-    # Tune asks for the scheduler's metric in every report
-    tune.report({_ENDED: asdict(outcome), _VALUE: float("nan")})
+    # as text, for Tune flattens what is nested; it asks for the scheduler's metric in every report
+    tune.report({_ENDED: json.dumps(asdict(outcome)), _VALUE: float("nan")})
 
 
 class StudySearch(Searcher):
@@ -186,7 +188,7 @@ class StudySearch(Searcher):
         seconds = time.perf_counter() - self._began[number]
         ended = (result or {}).get(_ENDED)
         if ended is not None and not error:
-            outcome = Outcome(**ended)
+            outcome = Outcome(**json.loads(ended))
         elif trial_id in self.pruned:
             outcome = Outcome("pruned", {}, seconds)
         else:

@@ -22,7 +22,7 @@ from loopfm_ray.distill.hints import HintedVm
 from loopfm_ray.errors import LoopFMError
 from loopfm_ray.experiments import VmStageConfig
 from loopfm_ray.jobs.checkpoints import Checkpoints
-from loopfm_ray.jobs.mapping import Progress, unwrap
+from loopfm_ray.jobs.mapping import Progress, anywhere, unwrap
 from loopfm_ray.jobs.programs import Waiting, plan_programs
 from loopfm_ray.jobs.training import (
     OnEvaluation,
@@ -76,7 +76,7 @@ def train_vms(
     ]
     old = {key: find_manifest(job.out_dir) for key, job in by_key.items()}
     finished: set[str] = set()
-    run_one = ray.remote(num_cpus=0, max_retries=0)(_fit)
+    run_one = ray.remote(num_cpus=0, max_retries=0, **anywhere())(_fit)
     running: dict[Any, list[VmJob]] = {}  # by Ray reference, which has no type
     while waiting or running:
         while waiting and len(running) < parallel:
