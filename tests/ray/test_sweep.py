@@ -190,7 +190,7 @@ def test_a_sweep_of_which_every_trial_fails_ends_with_the_reason(cluster, tmp_pa
         budget={"num_trials": 50, "cores": 2},
     )
 
-    with pytest.raises(JobError, match=r"has no finished trial.*not finite"):
+    with pytest.raises(JobError, match=r"has no finished trial.*lower lr"):
         run_sweep(config)
 
     rows = open_study(config).rows()
