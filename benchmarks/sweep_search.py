@@ -31,9 +31,9 @@ LIBRARIES = ("optuna", "ray", "torch")
 SPACE = {
     "train.lr": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5],
     "train.regularizer.weight": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
-    "train.batch_size": [128, 256, 512, 1024],
+    "train.batch_size": [256, 512, 1024],
 }
-EPOCHS, EVAL_EVERY = 48, 3
+EPOCHS, EVAL_EVERY = 30, 3
 METHODS = {
     "tpe_asha": {"sampler": {"kind": "tpe", "num_startup_trials": 8}, "scheduler": {"grace": 2}},
     "tpe": {"sampler": {"kind": "tpe", "num_startup_trials": 8}},

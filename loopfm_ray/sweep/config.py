@@ -233,15 +233,15 @@ class SweepConfig(Config):
             if unknown:
                 raise ConfigError(f"first names {unknown}; expected paths of {sorted(self.space)}")
         known = set(_OF_GRAPHS if self.is_of_graphs else (*_OF_VMS, *_COSTS, *_OF_FM))
-        for name in self.metrics:
-            if name not in known:
-                raise ConfigError(f"there is no metric {name!r}; expected one of {sorted(known)}")
         for one in self.scaling:
             strange = [name for name in (one.x, one.y) if name not in known | set(self.space)]
             if strange:
                 raise ConfigError(
                     f"scaling names {strange}; expected metrics, {sorted(known)}, or paths of the space"
                 )
+        for name in self.metrics:
+            if name not in known:
+                raise ConfigError(f"there is no metric {name!r}; expected one of {sorted(known)}")
         names = [one.metric for one in self.objectives]
         if len(set(names)) != len(names):
             raise ConfigError(f"objectives must differ, found {names}")
