@@ -85,12 +85,11 @@ def config_in(folder, **changes):
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_sweep_measures_confirms_and_goes_on(cluster, tmp_path):
+def test_a_sweep_measures_every_metric_and_shares_what_comes_before(cluster, tmp_path):
     config = config_in(
         tmp_path,
         objectives=[{"metric": "ne"}, {"metric": "bytes_per_user"}],
         record=["auc", "score_ms_p50", "transfer_ratio", "num_parameters"],
-        confirm={"top": 1, "seeds": [7, 8]},
         keep_data=True,
     )
 
@@ -109,21 +108,33 @@ def test_a_sweep_measures_confirms_and_goes_on(cluster, tmp_path):
         summary["trials"], key=lambda trial: trial["params"]["vm.model.history.user.max_len"]
     )[:: len(summary["trials"]) - 1]
     assert shorter["metrics"]["bytes_per_user"] < longer["metrics"]["bytes_per_user"]
+    best = summary["best"][0]
+    runs = load_config(PipelineConfig, config.root / "best" / f"trial-{best}.yaml")
+    lr = summary["trials"][best]["params"]["vm.learning.optim.lr"]
+    assert runs.vms["vm_kd_loopfm"].learning.optim.lr == lr
+    assert (config.root / "report.html").is_file()
+
+    again = run_sweep(config.model_copy(update={"keep_data": False}))
+
+    assert again["trials"] == summary["trials"]
+    assert not list((config.work / "upstream").glob("*/seed=*/joined"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_the_best_is_trained_anew_and_looked_at_once(cluster, tmp_path):
+    config = config_in(tmp_path, confirm={"top": 1, "seeds": [7, 8]})
+
+    summary = run_sweep(config)
+
     base, best = summary["confirmed"]["configs"]
     assert base["name"] == "base"
     assert best["trial"] in summary["best"]
     assert 0 <= best["p"] <= 1
-    runs = load_config(PipelineConfig, config.root / "best" / f"trial-{best['trial']}.yaml")
-    lr = summary["trials"][best["trial"]]["params"]["vm.learning.optim.lr"]
-    assert runs.vms["vm_kd_loopfm"].learning.optim.lr == lr
-    assert (config.root / "report.html").is_file()
-
     confirmed = (config.root / "confirmed.json").stat().st_mtime_ns
-    again = run_sweep(config.model_copy(update={"keep_data": False}))
-
-    assert again["trials"] == summary["trials"]
+    assert run_sweep(config)["confirmed"] == summary["confirmed"]
     assert (config.root / "confirmed.json").stat().st_mtime_ns == confirmed
-    assert not list((config.work / "upstream").glob("*/seed=*/joined"))
 
 
 @pytest.mark.slow
