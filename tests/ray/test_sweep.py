@@ -83,6 +83,7 @@ def config_in(folder, **changes):
     return validate(SweepConfig, {**TREE, "run_dir": str(folder), **changes}, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_sweep_measures_every_metric_and_shares_what_comes_before(cluster, tmp_path):

@@ -61,6 +61,7 @@ def scores(predictor, offline):
     return [scored.probs.tolist() for scored in map(predictor.score, queries)]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_an_fm_is_upgraded_without_breaking_the_vm_that_serves(tmp_path):
