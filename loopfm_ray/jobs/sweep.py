@@ -198,10 +198,6 @@ class StudySearch(Searcher):
         done = len(self._study.rows())
         self._progress("trials", done, self._study.config.budget.num_trials)
 
-    def number_of(self, trial_id: str) -> int | None:
-        """Return which trial of the study Tune's trial is."""
-        return self._numbers.get(trial_id)
-
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the study is durable by itself."""
 

@@ -14,7 +14,7 @@ from loopfm_ray.config import dump_yaml
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.evaluate import read_record
-from loopfm_ray.jobs.mapping import Progress
+from loopfm_ray.jobs.mapping import Progress, silent
 from loopfm_ray.jobs.stages import STAGES, evaluation_path
 from loopfm_ray.metrics.transfer import relative_gain
 from loopfm_ray.store.pool import Pool
@@ -112,7 +112,7 @@ def _test_metrics(
     )
     own.paths.records.mkdir(parents=True, exist_ok=True)
     write_text(own.paths.config, dump_yaml(own))
-    context = Context(own, _quiet, pool=Pool(config.pool_dir), any_code=True)
+    context = Context(own, silent, pool=Pool(config.pool_dir), any_code=True)
     for stage in _STAGES:
         STAGES[stage](context)
     found = []
@@ -121,10 +121,6 @@ def _test_metrics(
         assert record is not None
         found.append(record.test)
     return found
-
-
-def _quiet(_stage: str, _done: int, _total: int) -> None:
-    return
 
 
 def _compared(

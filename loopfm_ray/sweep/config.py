@@ -292,12 +292,8 @@ class SweepConfig(Config):
     @property
     def study_settings(self) -> Tree:
         """What a study can not change once it has begun."""
-        tree = self.model_dump(mode="json")
-        return {
-            name: tree[name] for name in ("base", "vm", "set", "space", "objectives", "seeds")
-        } | {
-            "constraints": tree["constraints"],
-        }
+        fixed = {"base", "vm", "set", "space", "objectives", "constraints", "seeds"}
+        return self.model_dump(mode="json", include=fixed)
 
     def resolve(self, params: Mapping[str, Any]) -> PipelineConfig | KgeRunConfig:
         """Return the config of a trial: the base with its params.

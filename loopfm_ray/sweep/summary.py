@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from loopfm_ray.analysis.scaling import scaling_record
@@ -28,7 +29,7 @@ def summarise_sweep(config: SweepConfig, study: SweepStudy, confirmed: Json | No
         "constraints": [one.model_dump(mode="json") for one in config.constraints],
         "parameters": {name: _shown(item) for name, item in config.space.items()},
         "num_trials": {state: counts.get(state, 0) for state in ("complete", "pruned", "failed")},
-        "trials": [_tree(row) for row in rows],
+        "trials": [asdict(row) for row in rows],
         "best": study.best(),
         "importance": study.importance(),
         "scaling": [_scaling(one, rows, config) for one in config.scaling],
@@ -43,20 +44,6 @@ def _shown(item: Parameter) -> Json:
     if isinstance(item, ChoiceParameter):
         return {"kind": "choice", "values": list(item.labels)}
     return {"kind": item.kind, "low": item.low, "high": item.high, "log": item.log}
-
-
-def _tree(row: TrialRow) -> Json:
-    return {
-        "number": row.number,
-        "state": row.state,
-        "params": row.params,
-        "values": None if row.values is None else list(row.values),
-        "metrics": row.metrics,
-        "is_feasible": row.is_feasible,
-        "seconds": row.seconds,
-        "curve": [list(point) for point in row.curve],
-        "reason": row.reason,
-    }
 
 
 def scaling_points(
