@@ -32,7 +32,7 @@ from loopfm_ray.store.manifest import code_version
 from loopfm_ray.store.tables import write_text
 from loopfm_ray.sweep.config import SweepConfig
 from loopfm_ray.sweep.study import Outcome, SweepStudy, open_study
-from loopfm_ray.sweep.summary import summarise_sweep
+from loopfm_ray.sweep.summary import summarise_sweep, write_trial_config
 
 __all__ = ["StudySearch", "make_scheduler", "run_sweep"]
 
@@ -64,14 +64,17 @@ def run_sweep(config: SweepConfig, *, progress: Progress = silent) -> Json:
             if not study.is_over:
                 _search(config, study, progress)
             _check_finished(config, study)
-            _write_best(config, study)
+            rows = {row.number: row for row in study.rows()}
+            for number in study.best():
+                write_trial_config(config, rows[number])
             confirmed = confirm(config, study, progress)
         summary = {**summarise_sweep(config, study, confirmed), "code_versions": [code_version()]}
+        is_alone = study.is_alone
     finally:
         study.close()
     write_text(config.root / "summary.json", json.dumps(summary, indent=1))
     build_sweep_report(summary, config.root)
-    if not config.keep_data:
+    if is_alone and not config.keep_data:
         _clean(config)
     return summary
 
@@ -274,18 +277,6 @@ def _check_finished(config: SweepConfig, study: SweepStudy) -> None:
         f"sweep {config.name} has no finished trial after {study.used_s:.0f} s and {len(rows)} trials (budget: {budget.num_trials}"
         f" trials, {budget.time_s} s){why}; mend the space or raise the budget and run the same command again"
     )
-
-
-def _write_best(config: SweepConfig, study: SweepStudy) -> None:
-    """Write the best configs as files that run as they are."""
-    rows = {row.number: row for row in study.rows()}
-    for number in study.best():
-        resolved = config.resolve(rows[number].params)
-        name, run_dir = f"{config.name}-trial-{number}", config.run_dir
-        changed = {"name": name, "run_dir": run_dir}
-        path = config.root / "best" / f"trial-{number}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump_yaml(resolved.model_copy(update=changed)))
 
 
 def _clean(config: SweepConfig) -> None:

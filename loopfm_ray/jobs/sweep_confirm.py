@@ -21,6 +21,7 @@ from loopfm_ray.store.pool import Pool
 from loopfm_ray.store.tables import write_text
 from loopfm_ray.sweep.config import ConfirmConfig, SweepConfig
 from loopfm_ray.sweep.study import SweepStudy
+from loopfm_ray.sweep.summary import write_trial_config
 
 __all__ = ["confirm"]
 
@@ -79,11 +80,8 @@ def confirm(config: SweepConfig, study: SweepStudy, progress: Progress) -> Json 
             for name in configs
         ],
     }
-    for name, number in chosen.items():
-        target = config.root / "best" / f"trial-{number}.yaml"
-        if not target.is_file():
-            changed = {"name": f"{config.name}-trial-{number}", "run_dir": config.run_dir}
-            write_text(target, dump_yaml(configs[name].model_copy(update=changed)))
+    for number in chosen.values():
+        write_trial_config(config, rows[number])
     write_text(path, json.dumps(result, indent=1))
     return result
 

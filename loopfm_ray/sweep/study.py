@@ -216,6 +216,11 @@ class SweepStudy:
             if _is_locked(path) if path.exists() else is_heard:
                 yield driver
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other driver works on the study, so that nobody else reads what its trials share."""
+        return all(driver == self._id for driver in self._alive())
+
     def _is_elsewhere(self) -> bool:
         """Return whether drivers may work on other machines, whose locks are not seen here."""
         return "://" in (self.config.storage or "") and "sqlite" not in str(self.config.storage)

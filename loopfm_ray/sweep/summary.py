@@ -3,14 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from loopfm_ray.analysis.scaling import scaling_record
+from loopfm_ray.config import dump_yaml
+from loopfm_ray.store.tables import write_text
 from loopfm_ray.sweep.config import ScalingConfig, SweepConfig
 from loopfm_ray.sweep.space import ChoiceParameter, Parameter
 from loopfm_ray.sweep.study import SweepStudy, TrialRow
 
-__all__ = ["scaling_points", "summarise_sweep"]
+__all__ = ["scaling_points", "summarise_sweep", "write_trial_config"]
 
 Json = dict[str, Any]  # Any: JSON
 
@@ -38,6 +41,15 @@ def summarise_sweep(config: SweepConfig, study: SweepStudy, confirmed: Json | No
         "trial_seconds": sum(row.seconds for row in rows),
         "config": config.model_dump(mode="json"),
     }
+
+
+def write_trial_config(config: SweepConfig, row: TrialRow) -> Path:
+    """Write the config of a trial as a file that runs as it is, and return its path."""
+    changed = {"name": f"{config.name}-trial-{row.number}", "run_dir": config.run_dir}
+    path = config.root / "best" / f"trial-{row.number}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dump_yaml(config.resolve(row.params).model_copy(update=changed)))
+    return path
 
 
 def _shown(item: Parameter) -> Json:

@@ -277,10 +277,13 @@ def test_trials_of_a_driver_that_lives_are_left_alone(tmp_path):
     second = open_study(sweep(tmp_path))
     run(second)
 
+    assert not second.is_alone
     assert held.number not in [row.number for row in second.rows()]
     assert len(second.rows()) == 5  # the sixth is the other driver's
     first.tell(held.number, Outcome("complete", {"ne": 0.5}))
     assert len(second.rows()) == 6
+    first.close()
+    assert second.is_alone
 
 
 def test_params_that_are_lost_again_and_again_are_given_up(tmp_path):
