@@ -4,9 +4,7 @@ Everything is kept by what it was made from: a trial that is tried again goes on
 already is only measured.
 """
 
-import fcntl
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from loopfm_ray.kge.training import train_kge
 from loopfm_ray.metrics.binary import BinarySums
 from loopfm_ray.metrics.transfer import transfer_ratio_first_launch
 from loopfm_ray.store.filesystem import absolute
+from loopfm_ray.store.locks import locked
 from loopfm_ray.store.manifest import read_manifest
 from loopfm_ray.store.pool import Pool
 from loopfm_ray.store.tables import write_text
@@ -44,6 +43,7 @@ Metrics = dict[str, float | None]
 Report = Callable[[int, float], None]
 """Told the number of a validation, from 1, and the first objective at that time."""
 
+_LOCKS = "locks"
 _OF_SCORING = ("score_ms_p50", "score_ms_p99")
 _OF_BASELINE = ("baseline_ne", "transfer_ratio")
 
@@ -107,24 +107,15 @@ def ensure_upstream(pipeline: PipelineConfig, work: Path, pool: Path) -> None:
         "train-fm": (data, *fm.learnt, seeds),
         "compress": (data, fm, seeds),
     }
-    with _lock(work, pipeline.name):
+    locks = work / _LOCKS
+    with locked(locks / pipeline.name):
         pipeline.paths.records.mkdir(parents=True, exist_ok=True)
         write_text(pipeline.paths.config, dump_yaml(pipeline))
         for stage, made_of in shared.items():
-            with _lock(work, f"{stage}-{config_hash(*made_of)}"):
+            with locked(locks / f"{stage}-{config_hash(*made_of)}"):
                 STAGES[stage](context)
         for stage in ("materialize", "join"):
             STAGES[stage](context)
-
-
-@contextmanager
-def _lock(work: Path, name: str) -> Iterator[None]:
-    """Hold what others have to wait for; the system lets go of it when this process dies."""
-    path = work / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _one_seed(config: SweepConfig, pipeline: PipelineConfig, seed: int, report: Report) -> Metrics:
@@ -157,7 +148,7 @@ def _train(config: SweepConfig, job: VmJob, report: Report) -> VmJob:
         if metric in metrics:
             report(number, metrics[metric])
 
-    with _lock(config.work, f"vm-{key}"):
+    with locked(config.work / _LOCKS / f"vm-{key}"):
         if Context(PipelineConfig(), silent, any_code=True).current(
             placed.out_dir, job.config_hash, job.inputs
         ):
@@ -206,7 +197,7 @@ def _embed_graph(config: SweepConfig, run: KgeRunConfig, report: Report) -> Metr
         if done < number:
             report(done, point.valid_mrr)
 
-    with _lock(config.work, f"kge-{key}"):
+    with locked(config.work / _LOCKS / f"kge-{key}"):
         trained = train_kge(graph, run.backbone, run.train, checkpoint, on_point=on_point)
     return {
         "mrr": trained.best_mrr,

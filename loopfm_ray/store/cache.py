@@ -17,8 +17,7 @@ import secrets
 import shutil
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ from loopfm_ray.store.format import (
     manifest_text,
     read_manifest,
 )
+from loopfm_ray.store.locks import locked
 from loopfm_ray.store.s3 import S3Folder, in_threads
 from loopfm_ray.store.tables import write_atomically
 
@@ -120,7 +120,7 @@ class Version:
         """Put one file into the cache, unless another process has done so by the time that it is our turn."""
         path = self.folder / entry.path
         slot = zlib.crc32(entry.path.encode()) % _LOCK_SLOTS
-        with _locked(self.folder / _LOCKS / str(slot)):
+        with locked(self.folder / _LOCKS / str(slot)):
             if _is_whole(self.folder, entry):
                 return
             for leftover in path.parent.glob(f".{path.name}.tmp-*"):
@@ -272,14 +272,3 @@ def _is_open(path: Path, handle: int) -> bool:
         return path.stat().st_ino == os.fstat(handle).st_ino
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` alone inside the block."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -6,30 +6,29 @@ lost; what is finished is never asked for again. Optuna samples; when a trial is
 Optuna: Akiba et al., KDD 2019, arXiv 1907.10902.
 """
 
-import fcntl
 import json
 import logging
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from loopfm_ray.config import config_hash
-from loopfm_ray.errors import ConfigError, StoreError
+from loopfm_ray.errors import ConfigError
+from loopfm_ray.store.locks import is_locked, take_lock
 from loopfm_ray.sweep.config import SweepConfig
-from loopfm_ray.sweep.space import ChoiceParameter, IntParameter, Params, suggest_params
+from loopfm_ray.sweep.sampling import excess_of, grid_of, make_sampler
+from loopfm_ray.sweep.space import Params, suggest_params
+from loopfm_ray.sweep.storage import open_storage, without_secret
 
 __all__ = ["Asked", "Outcome", "SweepStudy", "TrialRow", "open_study"]
 
@@ -89,7 +88,7 @@ def open_study(config: SweepConfig) -> "SweepStudy":
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")
     config.root.mkdir(parents=True, exist_ok=True)
-    storage = _open_storage(config)
+    storage = open_storage(config)
     directions = [
         StudyDirection.MAXIMIZE if one.is_maximized else StudyDirection.MINIMIZE
         for one in config.objectives
@@ -103,25 +102,6 @@ def open_study(config: SweepConfig) -> "SweepStudy":
     return opened
 
 
-def _open_storage(config: SweepConfig) -> BaseStorage:
-    address = config.storage or str((config.root / "study.log").absolute())
-    try:
-        if "://" in address:
-            return RDBStorage(address)
-        Path(address).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(address))
-    except Exception as error:  # drivers of databases raise whatever they like
-        raise StoreError(
-            f"the study of sweep {config.name} can not be opened at {_without_secret(address)}: {type(error).__name__}:"
-            f" {error}; give a file ending in .log, sqlite:///FILE or postgresql://USER@HOST/NAME in storage"
-        ) from error
-
-
-def _without_secret(address: str) -> str:
-    before, at, after = address.rpartition("@")
-    return f"{before.partition('://')[0]}://***@{after}" if at else address
-
-
 def _check_settings(study: optuna.Study, config: SweepConfig) -> None:
     mine = config.study_settings
     found = study.user_attrs.get(_SETTINGS)
@@ -131,7 +111,7 @@ def _check_settings(study: optuna.Study, config: SweepConfig) -> None:
         return
     differs = sorted(name for name in mine if config_hash(mine[name]) != config_hash(found[name]))
     if differs:
-        where = _without_secret(str(config.storage or config.root / "study.log"))
+        where = without_secret(str(config.storage or config.root / "study.log"))
         raise ConfigError(
             f"the study {config.name} in {where} was begun with other {', '.join(differs)}: its trials can not be compared with"
             " those of this config. Take back the change, or set another `name` and begin a new study; only budget, sampler,"
@@ -150,10 +130,10 @@ class SweepStudy:
         self._before_s = sum(
             float(value) for key, value in study.user_attrs.items() if key.startswith(_SECONDS)
         )
-        self._lock = _take_lock(self._lock_path(self._id))
+        self._lock = take_lock(self._lock_path(self._id))
         self._open: dict[int, optuna.Trial] = {}
         drivers = sum(key.startswith(_DRIVER) for key in study.user_attrs)
-        study.sampler = _sampler(config, seed=1009 * config.sampler.seed + drivers)
+        study.sampler = make_sampler(config, seed=1009 * config.sampler.seed + drivers)
         self.seen()
 
     def close(self) -> None:
@@ -213,7 +193,7 @@ class SweepStudy:
             driver = key.removeprefix(_DRIVER)
             path = self._lock_path(driver)
             is_heard = self._is_elsewhere() and time.time() - float(seen_s) < _LOST_S
-            if _is_locked(path) if path.exists() else is_heard:
+            if is_locked(path) if path.exists() else is_heard:
                 yield driver
 
     @property
@@ -245,7 +225,7 @@ class SweepStudy:
             return
         yield from (dict(params) for params in self.config.first)
         if self._is_grid:
-            grid = _grid(self.config)
+            grid = grid_of(self.config)
             yield from (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
 
     @property
@@ -329,7 +309,7 @@ class SweepStudy:
             params=dict(trial.params),
             values=tuple(trial.values) if is_complete else None,
             metrics=dict(metrics),
-            is_feasible=is_complete and max(_excess(self.config, metrics), default=0.0) <= 0,
+            is_feasible=is_complete and max(excess_of(self.config, metrics), default=0.0) <= 0,
             seconds=float(attrs.get("seconds", 0.0)),
             curve=tuple((int(rung), float(value)) for rung, value in attrs.get("curve", ())),
             reason=attrs.get("reason"),
@@ -380,69 +360,3 @@ def _is_new(trial: FrozenTrial) -> bool:
 
 def _loss_of(place: int, sign: float, trial: FrozenTrial) -> float:
     return sign * float(trial.values[place])
-
-
-def _excess(config: SweepConfig, metrics: Mapping[str, Json]) -> list[float]:
-    """Return for each constraint by how much it is broken; one that was not measured is."""
-    found = []
-    for one in config.constraints:
-        value = metrics.get(one.metric)
-        found.append(1.0 if value is None else one.excess(float(value)))
-    return found
-
-
-def _sampler(config: SweepConfig, seed: int) -> BaseSampler:
-    settings = config.sampler
-
-    def constraints(trial: FrozenTrial) -> Sequence[float]:
-        if trial.state == TrialState.PRUNED or "metrics" not in trial.user_attrs:
-            return [0.0] * len(config.constraints)
-        return _excess(config, trial.user_attrs["metrics"])
-
-    limits = constraints if config.constraints else None
-    if settings.kind == "tpe":
-        return optuna.samplers.TPESampler(
-            n_startup_trials=settings.num_startup_trials,
-            seed=seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            constraints_func=limits,
-        )
-    if settings.kind == "gp":
-        return optuna.samplers.GPSampler(
-            n_startup_trials=settings.num_startup_trials, seed=seed, constraints_func=limits
-        )
-    if settings.kind == "nsga2":
-        return optuna.samplers.NSGAIISampler(
-            population_size=settings.population_size, seed=seed, constraints_func=limits
-        )
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _grid(config: SweepConfig) -> dict[str, list[Any]]:
-    grid: dict[str, list[Any]] = {}
-    for name, item in config.space.items():
-        if isinstance(item, ChoiceParameter):
-            grid[name] = list(item.labels)
-        elif isinstance(item, IntParameter):
-            grid[name] = list(range(item.low, item.high + 1, item.step))
-    return grid
-
-
-def _take_lock(path: Path) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.open("w", encoding="utf-8")
-    fcntl.flock(stream, fcntl.LOCK_EX)
-    return stream
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with path.open("a", encoding="utf-8") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
