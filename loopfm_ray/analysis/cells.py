@@ -132,7 +132,8 @@ def headline(
 
     `relative_auc_gain_over_kd`: mean over models and seeds of the best arm's relative AUC gain over the KD arm;
     `max_p_over_kd`: the largest p of that comparison among the models; `transfer_ratio` of the best arm,
-    `transfer_ratio_kd`, both means over models, and `transfer_ratio_over_kd`, their quotient.
+    `transfer_ratio_kd`, both means over models, and `transfer_ratio_over_kd`, their quotient, unless the KD arm
+    transfers nothing: a quotient by what is not above 0 says nothing.
     """
     mine = [tree for tree in trees if tree["variant"] == variant]
     best = [tree for tree in mine if tree["arm"] == roles.best]
@@ -141,12 +142,13 @@ def headline(
     gains = [item["auc_relative"] for item in versus if item is not None]
     ps = [item["auc"]["p"] for item in versus if item is not None]
     ratio, of_kd = _mean_known(best, "transfer_ratio"), _mean_known(kd, "transfer_ratio")
+    quotient = ratio / of_kd if ratio is not None and of_kd is not None and of_kd > 0 else None
     return {
         "relative_auc_gain_over_kd": statistics.fmean(gains) if gains else None,
         "max_p_over_kd": _largest(ps),
         "transfer_ratio": ratio,
         "transfer_ratio_kd": of_kd,
-        "transfer_ratio_over_kd": ratio / of_kd if ratio is not None and of_kd else None,
+        "transfer_ratio_over_kd": quotient,
     }
 
 

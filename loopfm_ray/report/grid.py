@@ -224,7 +224,11 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     best, kd = (pretty_arm(summary["roles"][name]) for name in ("best", "kd"))
     tiles = [(words.format_share(gain, 1, signed=True), f"AUC of {best} over {kd}, relative")]
     tiles.append((words.format_share(ratio), f"transfer ratio of {best}"))
-    tiles.append((f"{words.format_number(over_kd, 1)} ×", f"that of {kd}"))
+    if over_kd is not None:
+        tiles.append((f"{words.format_number(over_kd, 1)} ×", f"that of {kd}"))
+    else:
+        of_kd = words.format_share(summary.get("transfer_ratio_kd"), 1, signed=True)
+        tiles.append((of_kd, f"transfer ratio of {kd}"))
     tiles.append((words.format_small(summary.get("max_p_over_kd")), "largest p of a VM, paired"))
     by_ne = summary.get(f"ne_gain_{summary['roles']['best']}_over_kd")
     if by_ne is not None:

@@ -67,6 +67,14 @@ def test_the_headline_is_over_all_models_of_a_variant():
     assert 0 < found["max_p_over_kd"] < 1
 
 
+def test_there_is_no_quotient_by_a_kd_arm_that_transfers_nothing():
+    none, kd, best = trees()
+    worse = {**kd, "transfer_ratio": -0.02}
+    found = headline([none, worse, best], "main", ROLES)
+    assert found["transfer_ratio_kd"] == -0.02
+    assert found["transfer_ratio_over_kd"] is None
+
+
 def test_an_fm_that_is_no_better_leaves_the_ratio_out():
     cells = [
         Cell("main", "deep", arm, records(arm), records("none")) for arm in ("none", "kd", "best")
