@@ -1,7 +1,8 @@
 """Progressive training on a stream: every chunk of time is predicted before it is learnt from, in one pass.
 
 A row is predicted by a VM that has seen only labels known when the row's chunk began, and learnt from in the chunk in which
-its label becomes known. The state after any step is all that is needed to go on, so a stream that is killed ends in the same
+its label becomes known, with the ids that were known when it was predicted: what is first met during the chunk is unknown in both. Were
+it known while learning, the unknown would be the negatives alone, and every new item would be predicted to be one. The state after any step is all that is needed to go on, so a stream that is killed ends in the same
 bits as one that was not.
 
 Source: ExFM, arXiv 2502.17494, section 2 (streaming data, one pass) and the evaluation by chunks of papers on online
@@ -157,7 +158,7 @@ class StreamTask:
     hooks: Hooks
     """`on_checkpoint` is called inside of chunks and after each."""
     collate: Callable[[int], Callable[[Mapping[str, NDArray[Any]]], Batch]]
-    """From a moment to what makes batches with what was known then: ids that nobody had met are unknown."""
+    """From the begin of a chunk to what makes batches of its rows with what was known then: ids that nobody had met are unknown."""
     keep: Callable[[int, Rows, Predictions], None]
     """Takes the number of a chunk, its rows and what is predicted of them, before the VM learns from the chunk. After a kill it may be
     called again with the same."""
@@ -207,7 +208,7 @@ def run_stream(task: StreamTask, blocks: Iterable[Rows], waiting: LabelBuffer) -
         if done == 0 and count_rows(rows):
             task.keep(counters.chunk, rows, _predict(task, rows, span.start_ts))
         waiting.add(rows)
-        _learn(task, waiting.release(span.stop_ts), span.stop_ts, done)
+        _learn(task, waiting.release(span.stop_ts), done)
         counters.chunk += 1
         counters.chunk_first_step = counters.step
         task.hooks.on_checkpoint(task.state)
@@ -222,20 +223,24 @@ def _predict(task: StreamTask, rows: Rows, known_by_ts: int) -> Predictions:
     return predict(task.state.model, ((part["user"], collate(part)) for part in parts))
 
 
-def _learn(task: StreamTask, rows: Rows, known_by_ts: int, done: int) -> None:
+def _learn(task: StreamTask, rows: Rows, done: int) -> None:
     """Take the steps of a chunk but for those that are done."""
     if not count_rows(rows):
         return
-    collate = task.collate(known_by_ts)
-    order = shuffle_requests(rows, np.random.default_rng([task.seed, task.state.counters.chunk]))
-    shuffled = {name: values[order] for name, values in rows.items()}
-    sizes = plan_steps([len(order)], task.loop.batch_rows).sizes(0).tolist()
-    batches = islice(rechunk([shuffled], sizes), done, None)
-    fit(
-        task.state,
-        (collate(batch) for batch in batches),
-        task.objective,
-        task.loop,
-        _NO_END,
-        task.hooks,
+    batches = (
+        task.collate(task.window.chunk(number).start_ts)(batch)
+        for number, batch in islice(_batches(task, rows), done, None)
     )
+    fit(task.state, batches, task.objective, task.loop, _NO_END, task.hooks)
+
+
+def _batches(task: StreamTask, rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """Yield shuffled batches, each of rows of one chunk with its number: rows whose label came late first."""
+    now, chunks = task.state.counters.chunk, task.window.number(rows["event_ts"])
+    for number in np.unique(chunks).tolist():
+        part = {name: values[chunks == number] for name, values in rows.items()}
+        order = shuffle_requests(part, np.random.default_rng([task.seed, now, number]))
+        sizes = plan_steps([len(order)], task.loop.batch_rows).sizes(0).tolist()
+        shuffled = {name: values[order] for name, values in part.items()}
+        for batch in rechunk([shuffled], sizes):
+            yield number, batch

@@ -168,19 +168,20 @@ def test_every_row_is_predicted_first_and_learnt_from_once_its_label_is_known():
     rows, spy = make_rows(), Spy()
     start(spy, rows)
     at = {number: n for n, number in enumerate(rows["example_id"].tolist())}
-    predicted, learnt = Counter(), Counter()
+    predicted, learnt, latest = Counter(), Counter(), 0
+    starts = {known_by_ts for kind, known_by_ts, _ in spy.events if kind == "predict"}
     for kind, known_by_ts, ids in spy.events:
         for number in ids:
             event_ts, label_ts = rows["event_ts"][at[number]], rows["label_ts"][at[number]]
+            assert known_by_ts == WINDOW.chunk(int(WINDOW.number(event_ts))).start_ts <= event_ts
             if kind == "predict":
                 assert number not in learnt
-                chunk = WINDOW.chunk(int(WINDOW.number(event_ts)))
-                assert known_by_ts == chunk.start_ts <= event_ts
                 predicted[number] += 1
+                latest = max(latest, known_by_ts)
             else:
                 assert number in predicted
-                assert label_ts <= known_by_ts
-                assert label_ts > known_by_ts - 10 or event_ts >= known_by_ts - 10
+                assert label_ts <= min((start for start in starts if start > latest), default=195)
+                assert label_ts > latest or event_ts >= latest
                 learnt[number] += 1
     assert set(predicted.values()) == set(learnt.values()) == {1}
     assert set(predicted) == set(at)
