@@ -58,7 +58,8 @@ def begin(kind: str, arm: str, graph: TripleSet, args: argparse.Namespace) -> Tr
     elif kind in ("complex", "distmult"):
         tree |= {"regularizer": {"weight": 0.01}}
     if arm == "csd":
-        tree["distillation"] = {"begin_epoch": 0, "ramp_epochs": 1}
+        memory = {"kind": args.memory}
+        tree["distillation"] = {"begin_epoch": 0, "ramp_epochs": 1, "memory": memory}
     config = validate(KgeTrainConfig, tree, "benchmark")
     backbone = read_kge_config({"kind": kind, "dimension": args.dimension})
     return Training(*begin_training(graph, backbone, config), config)
@@ -110,7 +111,7 @@ def report(args: argparse.Namespace) -> Record:
             "entities": graph.num_entities,
             "relations": graph.num_relations,
             "triples": len(graph.train),
-            **{name: getattr(args, name) for name in ("dimension", "batch", "negatives")},
+            **{name: getattr(args, name) for name in ("dimension", "batch", "negatives", "memory")},
             "threads": args.threads,
             "repeats": args.repeats,
         },
@@ -124,6 +125,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("../shared/data/kg/codex_s"))
     parser.add_argument("--synthetic", help="entities,relations,train,test of a random graph")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument(
+        "--memory", choices=("average", "snapshot", "last_visit"), default="average"
+    )
     parser.add_argument("--triples", type=int, default=0, help="of an epoch; 0 takes all")
     parser.add_argument("--dimension", type=int, default=32)
     parser.add_argument("--negatives", type=int, default=64)

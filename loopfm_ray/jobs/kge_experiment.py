@@ -24,6 +24,7 @@ from loopfm_ray.kge.experiment import (
     waves,
     write_cell_record,
 )
+from loopfm_ray.kge.training import check_workers
 from loopfm_ray.report.kge import build_kge_report
 from loopfm_ray.store.tables import write_text
 
@@ -53,6 +54,8 @@ def run_kge_experiment(
     for path in merge:
         _take_records(path, cells)
     todo = [cell for cell in cells if read_cell_record(cell) is None]
+    for cell in todo:
+        check_workers(cell.backbone, cell.train)
     if todo:
         with connect(config.ray):
             for number, wave in enumerate(waves(todo)):

@@ -96,13 +96,13 @@ class KgeJob:
     backbone: AnyKgeConfig
     config: KgeTrainConfig
     folder: Path
-    """Of its checkpoints; workers on other machines have to see it."""
+    """Of its checkpoints, absolute; workers on other machines have to see it."""
     stage: str
 
     @property
     def metrics_file(self) -> Path:
         """Where it is shown how far the training is."""
-        return self.folder.absolute() / "metrics.jsonl"
+        return self.folder / "metrics.jsonl"
 
 
 def embed_on_ray(
@@ -243,7 +243,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _folder(checkpoint: Path) -> Path:
-    return checkpoint.with_suffix(".workers")
+    return checkpoint.absolute().with_suffix(".workers")  # workers run in other folders
 
 
 def _check_room(num_workers: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from loopfm_ray.config import Config
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.best import best_columns
 from loopfm_ray.kge.objectives import Asked, Objective, score_answers
 from loopfm_ray.kge.processes import ALONE, Process
 
@@ -245,9 +246,11 @@ class _LastVisit:
         question = self._questions(asked.rows)
         # a question may be asked by several rows, whose scores may differ in their last bits
         once = _first_places(question)
-        best = asked.scores.detach()[once].topk(self.scores.shape[1], dim=1)
+        present = asked.scores.detach()[once]
+        best = best_columns(present, self.scores.shape[1])
         question = self.process.gather(question[once])
-        scores, columns = (self.process.gather(one) for one in (best.values, best.indices.int()))
+        scores = self.process.gather(present.gather(1, best))
+        columns = self.process.gather(best.int())
         once = _first_places(question)
         self.scores[question[once]] = scores[once]
         self.columns[question[once]] = columns[once]

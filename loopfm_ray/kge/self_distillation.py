@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from loopfm_ray.config import Config
 from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.best import best_columns
 from loopfm_ray.kge.confidence import (
     ConfidenceConfig,
     EvenConfig,
@@ -180,7 +181,7 @@ class SelfDistillation:
         num = self.config.num_candidates
         if known.columns is not None or num is None or num >= known.scores.shape[1]:
             return known.columns, known.scores
-        columns = known.scores.topk(num, dim=1).indices
+        columns = best_columns(known.scores, num)
         if asked.answer is not None:
             wanted = asked.answer[:, None]
             is_there = (columns == wanted).any(1, keepdim=True)
