@@ -64,7 +64,12 @@ class LocalRunner:
         teacher: KgeModel | None = None,
         on_epoch: Callable[[int, float], None] | None = None,
     ) -> TrainedKge:
-        """Train here; `num_workers` has to be 1."""
+        """Train here.
+
+        Raises:
+            ConfigError: the config asks for workers, be it for the ranking that comes after.
+        """
+        _check_alone(config)
         return train_kge(
             graph,
             backbone,
@@ -78,16 +83,12 @@ class LocalRunner:
     def rank(
         self, model: KgeModel, triples: NDArray[np.int64], known: KnownFacts, config: KgeTrainConfig
     ) -> Ranks:
-        """Rank here; `num_ranking_workers` has to be 0 or 1.
+        """Rank here.
 
         Raises:
-            ConfigError: it is more.
+            ConfigError: the config asks for workers.
         """
-        if config.num_ranking_workers > 1:
-            raise ConfigError(
-                f"train.num_ranking_workers is {config.num_ranking_workers} and this process ranks alone; set it to 0, or run"
-                " `loopfm export-kge` or `loopfm experiment`, which start workers"
-            )
+        _check_alone(config)
         return rank_triples(model, triples, known, device=model.entity.device)
 
     def forget(self, checkpoint: Path) -> None:
@@ -98,3 +99,11 @@ class LocalRunner:
 def needs_cluster(config: KgeTrainConfig) -> bool:
     """Return whether a training, or the ranking after it, asks for workers."""
     return config.num_workers > 1 or config.num_ranking_workers > 1
+
+
+def _check_alone(config: KgeTrainConfig) -> None:
+    if needs_cluster(config):
+        raise ConfigError(
+            f"train.num_workers is {config.num_workers} and train.num_ranking_workers {config.num_ranking_workers}, and this"
+            " process works alone; set them to 1 and 0, or run `loopfm export-kge` or `loopfm experiment`, which start workers"
+        )
