@@ -14,6 +14,7 @@ from loopfm_ray.cli_options import (
     print_result,
 )
 from loopfm_ray.config import find_config, load_config
+from loopfm_ray.errors import ConfigError
 from loopfm_ray.terminal import show_progress
 
 __all__ = ["add_verbs"]
@@ -64,13 +65,28 @@ def export_kge(
     """Embed a knowledge graph and export its vectors, and the features of the items that are linked to it."""
     log.setup("INFO" if verbose else "WARNING")
     from loopfm_ray.kge.embed import KgeRunConfig, embed_graph
+    from loopfm_ray.kge.runner import needs_cluster
 
     settings = load_config(KgeRunConfig, find_config(config, "kge"), overrides or ())
     with show_progress() as progress:
-        result = embed_graph(
-            settings,
-            fresh=fresh,
-            device=device,
-            on_epoch=lambda epoch, _: progress("embed", epoch, settings.train.epochs),
-        )
+        if needs_cluster(settings.train):
+            _check_on_cpu(settings.train.num_workers, device)
+            from loopfm_ray.jobs.kge_workers import embed_on_ray
+
+            result = embed_on_ray(settings, fresh=fresh, progress=progress)
+        else:
+            result = embed_graph(
+                settings,
+                fresh=fresh,
+                device=device,
+                on_epoch=lambda epoch, _: progress("embed", epoch, settings.train.epochs),
+            )
     print_result(result, as_json)
+
+
+def _check_on_cpu(num_workers: int, device: str) -> None:
+    if device != "cpu":
+        raise ConfigError(
+            f"--device is {device} and workers train and rank on CPUs (train.num_workers is {num_workers}); take cpu, or set"
+            " train.num_workers to 1 and train.num_ranking_workers to 0"
+        )

@@ -1,4 +1,7 @@
-"""Run an experiment on knowledge graph embedding: its trainings side by side, teachers first, and the comparison of all cells."""
+"""Run an experiment on knowledge graph embedding: its trainings side by side, teachers first, and the comparison of all cells.
+
+A training that asks for workers has them to itself.
+"""
 
 import json
 import time
@@ -9,6 +12,7 @@ from typing import Any
 from loopfm_ray.config import dump_yaml
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.jobs.cluster import connect
+from loopfm_ray.jobs.kge_workers import RayRunner
 from loopfm_ray.jobs.mapping import Progress, RayMapper, silent
 from loopfm_ray.kge.compare import summarise_kge
 from loopfm_ray.kge.experiment import (
@@ -20,6 +24,7 @@ from loopfm_ray.kge.experiment import (
     waves,
     write_cell_record,
 )
+from loopfm_ray.kge.training import check_workers
 from loopfm_ray.report.kge import build_kge_report
 from loopfm_ray.store.tables import write_text
 
@@ -39,6 +44,7 @@ def run_kge_experiment(
     Raises:
         ConfigError: a file to merge is no summary of such an experiment.
         DataError, SchemaError: a graph can not be read.
+        ConfigError: a training asks for workers that its backbone can not use, or that the cluster has not.
         LoopFMError: a training failed; running the same config again goes on there.
     """
     config.root.mkdir(parents=True, exist_ok=True)
@@ -48,17 +54,30 @@ def run_kge_experiment(
     for path in merge:
         _take_records(path, cells)
     todo = [cell for cell in cells if read_cell_record(cell) is None]
+    for cell in todo:
+        check_workers(cell.backbone, cell.train)
     if todo:
         with connect(config.ray):
             for number, wave in enumerate(waves(todo)):
                 stage = "train" if number == 0 else f"train, taught by {number}"
-                # each writes on the disk of this machine
-                mapper = RayMapper(config.ray.parallel_tasks, stage, progress, is_here=True)
-                list(mapper(run_cell, wave))
+                _run_wave(config, wave, stage, progress)
     summary = {**summarise_kge(config), "seconds_of_this_run": time.perf_counter() - started}
     write_text(config.root / "summary.json", json.dumps(summary, indent=1))
     build_kge_report(summary, config.root)
     return summary
+
+
+def _run_wave(
+    config: KgeExperimentConfig, wave: Sequence[KgeCell], stage: str, progress: Progress
+) -> None:
+    """Run cells of one process side by side, then those that ask for workers one after another."""
+    # each writes on the disk of this machine
+    mapper = RayMapper(config.ray.parallel_tasks, stage, progress, is_here=True)
+    list(mapper(run_cell, [cell for cell in wave if not cell.is_spread]))
+    for cell in wave:
+        if cell.is_spread:
+            name = f"{stage}: {cell.model}, {cell.arm}, seed {cell.seed}"
+            run_cell(cell, runner=RayRunner(name, progress))
 
 
 def _take_records(path: Path, cells: Sequence[KgeCell]) -> None:

@@ -22,7 +22,7 @@ from loopfm_ray.jobs.sweep_costs import measure_bytes_per_user, measure_scoring
 from loopfm_ray.jobs.train_vm import train_one
 from loopfm_ray.jobs.training import Worker
 from loopfm_ray.jobs.vm_data import VmJob
-from loopfm_ray.kge.checkpoint import KgePoint
+from loopfm_ray.kge.checkpoint import CheckpointFile, KgePoint
 from loopfm_ray.kge.embed import KgeRunConfig, read_graph
 from loopfm_ray.kge.training import train_kge
 from loopfm_ray.metrics.binary import BinarySums
@@ -187,7 +187,7 @@ def _transfer(config: SweepConfig, baseline: VmJob, found: Metrics) -> Metrics:
 
 def _embed_graph(config: SweepConfig, run: KgeRunConfig, report: Report) -> Metrics:
     graph = read_graph(run)
-    key = config_hash(run.graph, run.backbone, run.train)
+    key = config_hash(run.graph, run.backbone, run.train.learnt)
     checkpoint = config.work / "checkpoints" / f"{key}.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     number = -(-run.train.epochs // run.train.eval_every)
@@ -198,7 +198,9 @@ def _embed_graph(config: SweepConfig, run: KgeRunConfig, report: Report) -> Metr
             report(done, point.valid_mrr)
 
     with locked(config.work / _LOCKS / f"kge-{key}"):
-        trained = train_kge(graph, run.backbone, run.train, checkpoint, on_point=on_point)
+        trained = train_kge(
+            graph, run.backbone, run.train, CheckpointFile(checkpoint), on_point=on_point
+        )
     return {
         "mrr": trained.best_mrr,
         "num_parameters": float(sum(item.numel() for item in trained.model.parameters())),

@@ -2,14 +2,24 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loopfm_ray.errors import StoreError
+from loopfm_ray.kge.backbone import KgeModel
 from loopfm_ray.kge.self_distillation import SelfDistillation
 
-__all__ = ["KgePoint", "KgeProgress", "KgeState", "load_kge_state", "save_kge_state"]
+__all__ = [
+    "CheckpointFile",
+    "KgeCheckpoint",
+    "KgePoint",
+    "KgeProgress",
+    "KgeState",
+    "load_kge_state",
+    "save_kge_state",
+]
 
 _FORMAT_VERSION = 2
 
@@ -52,7 +62,7 @@ class KgeProgress:
 class KgeState:
     """A training in progress, changed in place."""
 
-    model: nn.Module
+    model: KgeModel
     optimizer: torch.optim.Optimizer
     key: str
     """Hash of what the training is of; a checkpoint of another key is not read."""
@@ -61,6 +71,37 @@ class KgeState:
     progress: KgeProgress = field(default_factory=KgeProgress)
     best_weights: dict[str, Tensor] | None = None
     """Weights at the best validation MRR."""
+
+
+class KgeCheckpoint(Protocol):
+    """Where a training keeps its state; every process of it calls both."""
+
+    def load(self, state: KgeState) -> None:
+        """Bring `state` to what was saved last, and leave it where nothing was."""
+        ...
+
+    def save(self, state: KgeState) -> None:
+        """Save `state` in place of an earlier one."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One file, which the first process writes and all read."""
+
+    path: Path
+    is_writer: bool = True
+    """Whether this is the first process."""
+
+    def load(self, state: KgeState) -> None:
+        """Load the file, if it is there."""
+        if self.path.exists():
+            load_kge_state(state, self.path)
+
+    def save(self, state: KgeState) -> None:
+        """Write the file."""
+        if self.is_writer:
+            save_kge_state(state, self.path)
 
 
 def save_kge_state(state: KgeState, path: Path) -> None:

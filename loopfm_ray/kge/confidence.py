@@ -24,6 +24,8 @@ __all__ = [
     "SemanticModule",
     "Views",
     "answer_confidence",
+    "gate_confidence",
+    "gate_loss",
     "standardized",
 ]
 
@@ -95,21 +97,23 @@ class SemanticModule(nn.Module):
         logits: Tensor = self.layers(views.features())[..., 0]
         return logits
 
-    def loss(self, views: Views) -> Tensor:
-        """Return [] what the module learns by: the binary cross entropy of the known answers."""
-        return functional.binary_cross_entropy_with_logits(self(views), views.is_answer.float())
 
-    @torch.no_grad()
-    def confidence(self, views: Views, sharpness: float) -> tuple[Tensor, Tensor]:
-        """Return the confidence in questions [B] and in their candidates [B, K].
+def gate_loss(logits: Tensor, is_answer: Tensor) -> Tensor:
+    """Return [] what a semantic module learns by: the binary cross entropy of the known answers [B, K], from its logits."""
+    return functional.binary_cross_entropy_with_logits(logits, is_answer.to(logits.dtype))
 
-        With g the gate's probability: of a question, the mean of g over its known answers among the candidates, 0 without one; of
-        a candidate, `|2 g - 1|` to the power of `sharpness`, which is 0 where the gate can not tell and 1 where it is sure.
-        """
-        gate = torch.sigmoid(self(views))
-        num = views.is_answer.sum(-1)
-        of_question = (gate * views.is_answer).sum(-1) / num.clamp_min(1)
-        return of_question, (2.0 * gate - 1.0).abs() ** sharpness
+
+@torch.no_grad()
+def gate_confidence(logits: Tensor, is_answer: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """Return the confidence in questions [B] and in their candidates [B, K], without gradient.
+
+    With g the gate's probability: of a question, the mean of g over its known answers among the candidates, 0 without one; of
+    a candidate, `|2 g - 1|` to the power of `sharpness`, which is 0 where the gate can not tell and 1 where it is sure.
+    """
+    gate = torch.sigmoid(logits)
+    num = is_answer.sum(-1)
+    of_question = (gate * is_answer).sum(-1) / num.clamp_min(1)
+    return of_question, (2.0 * gate - 1.0).abs() ** sharpness
 
 
 def answer_confidence(views: Views, kind: Literal["probability", "rank"]) -> Tensor:

@@ -10,14 +10,16 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from loopfm_ray.config import Config
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.experiments import RayConfig
 from loopfm_ray.kge.bilinear import ComplexConfig
 from loopfm_ray.kge.export import export_kge, load_kge
 from loopfm_ray.kge.filters import index_facts
 from loopfm_ray.kge.item_features import ITEMS_FILE, Unlinked, write_item_features
 from loopfm_ray.kge.linked import read_item_keys, read_linked_graph, read_links
 from loopfm_ray.kge.models import KgeConfig
-from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
-from loopfm_ray.kge.training import KgeTrainConfig, train_kge
+from loopfm_ray.kge.ranking import summarize_ranks
+from loopfm_ray.kge.runner import KgeRunner, LocalRunner
+from loopfm_ray.kge.training import KgeTrainConfig
 from loopfm_ray.kge.triples import TripleSet, read_triples
 
 __all__ = ["KgeRunConfig", "embed_graph", "read_graph"]
@@ -68,6 +70,8 @@ class KgeRunConfig(Config):
     """How it is trained."""
     items: ItemFeaturesConfig | None = None
     """Features of the items of a linked graph; null writes none."""
+    ray: RayConfig = RayConfig()
+    """Where workers run, if `train` asks for some."""
 
     @model_validator(mode="after")
     def _can_link(self) -> Self:
@@ -89,6 +93,7 @@ def embed_graph(
     fresh: bool = False,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, float], None] | None = None,
+    runner: KgeRunner | None = None,
 ) -> dict[str, Any]:  # Any: JSON
     """Embed a graph and export it; a training that was stopped goes on from its checkpoint.
 
@@ -97,32 +102,27 @@ def embed_graph(
         fresh: whether the checkpoint is removed first.
         device: where to train.
         on_epoch: called after every epoch with its number and mean loss.
+        runner: who trains and ranks; None is this process, on `device`.
 
     Returns:
         Sizes, metrics and the paths of what was written.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or workers are asked for that `runner` has not.
         ConfigError, DataError, SchemaError: the graph, its links or its items can not be read.
         MetricError: the training diverges.
         StoreError: the checkpoint is of another training, or the disk is full.
     """
     _check_device(device)
+    runner = LocalRunner(device) if runner is None else runner
     checkpoint = config.root / "checkpoint.pt"
     if fresh:
-        checkpoint.unlink(missing_ok=True)
+        runner.forget(checkpoint)
     graph = read_graph(config)
     linked = _read_items(config)
-    trained = train_kge(
-        graph,
-        config.backbone,
-        config.train,
-        checkpoint=checkpoint,
-        device=device,
-        on_epoch=on_epoch,
-    )
+    trained = runner.train(graph, config.backbone, config.train, checkpoint, on_epoch=on_epoch)
     known = index_facts(graph.all_triples(), graph.num_entities, graph.num_relations)
-    ranks = rank_triples(trained.model, graph.test, known, device=trained.model.entity.device)
+    ranks = runner.rank(trained.model, graph.test, known, config.train)
     test = asdict(summarize_ranks(ranks, graph.has_unseen("test")))
     path = config.root / "embeddings"
     named = {f"test_{name}": value for name, value in test.items()}

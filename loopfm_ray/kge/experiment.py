@@ -22,8 +22,9 @@ from loopfm_ray.kge.backbone import KgeModel
 from loopfm_ray.kge.digest import graph_digest
 from loopfm_ray.kge.filters import index_facts
 from loopfm_ray.kge.models import AnyKgeConfig, build_kge, read_kge_config
-from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
-from loopfm_ray.kge.training import KgeTrainConfig, train_kge
+from loopfm_ray.kge.ranking import summarize_ranks
+from loopfm_ray.kge.runner import KgeRunner, LocalRunner, needs_cluster
+from loopfm_ray.kge.training import KgeTrainConfig
 from loopfm_ray.kge.triples import TripleSet, read_triples
 from loopfm_ray.store.tables import write_text
 
@@ -43,6 +44,7 @@ __all__ = [
 
 # Any: a part of a config tree, checked when it is merged into the whole.
 Tree = dict[str, Any]
+_HERE = LocalRunner()
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
@@ -156,8 +158,17 @@ class KgeCell:
         """
         teacher = teacher_of(self)
         return config_hash(
-            _digest(self.graph), self.backbone, self.train, "" if teacher is None else teacher.key
+            _digest(self.graph),
+            self.backbone,
+            self.train.learnt,
+            "" if teacher is None else teacher.key,
         )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether its training or ranking, or that of one of its teachers, asks for workers."""
+        teacher = teacher_of(self)
+        return needs_cluster(self.train) or (teacher is not None and teacher.is_spread)
 
     @property
     def record_path(self) -> Path:
@@ -221,15 +232,16 @@ def teacher_of(cell: KgeCell) -> KgeCell | None:
     )
 
 
-def run_cell(cell: KgeCell, *, needs_weights: bool = False) -> Tree:
+def run_cell(cell: KgeCell, *, needs_weights: bool = False, runner: KgeRunner = _HERE) -> Tree:
     """Train and rank one cell, unless that is done; return its record.
 
-    Its teacher is trained first where its weights are not there. One thread computes.
+    Its teacher is trained first where its weights are not there. One thread computes in each process.
 
     Raises:
         DataError, SchemaError: the graph can not be read.
         MetricError: the training diverges.
         StoreError: a file of the experiment is damaged.
+        ConfigError: workers are asked for that `runner` has not.
     """
     found = read_cell_record(cell)
     if found is not None and (cell.weights_path.is_file() or not needs_weights):
@@ -237,12 +249,12 @@ def run_cell(cell: KgeCell, *, needs_weights: bool = False) -> Tree:
     torch.set_num_threads(1)
     graph = read_triples(cell.graph)
     source = teacher_of(cell)
-    taught_by = None if source is None else run_cell(source, needs_weights=True)
+    taught_by = None if source is None else run_cell(source, needs_weights=True, runner=runner)
     teacher = None if source is None else _load_weights(source, graph)
     checkpoint = cell.root / "checkpoints" / f"{cell.key}.pt"
-    trained = train_kge(graph, cell.backbone, cell.train, checkpoint, teacher=teacher)
+    trained = runner.train(graph, cell.backbone, cell.train, checkpoint, teacher=teacher)
     known = index_facts(graph.all_triples(), graph.num_entities, graph.num_relations)
-    ranks = rank_triples(trained.model, graph.test, known)
+    ranks = runner.rank(trained.model, graph.test, known, cell.train)
     best = next(point for point in trained.curve if point.epoch == trained.best_epoch)
     record = {
         "graph": _digest(cell.graph),
@@ -264,7 +276,7 @@ def run_cell(cell: KgeCell, *, needs_weights: bool = False) -> Tree:
     save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, staged)
     staged.replace(cell.weights_path)
     write_cell_record(cell, record)
-    checkpoint.unlink(missing_ok=True)
+    runner.forget(checkpoint)
     return record
 
 

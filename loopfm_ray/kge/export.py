@@ -93,7 +93,7 @@ def export_kge(
     record = {
         "format_version": _FORMAT_VERSION,
         "backbone": backbone.model_dump(mode="json"),
-        "train": config.model_dump(mode="json"),
+        "train": config.learnt,
         "dimension": model.dimension,
         "num_entities": graph.num_entities,
         "num_train_entities": graph.num_train_entities,
@@ -120,7 +120,7 @@ def export_kge(
         return commit(
             staged,
             kind=_KIND,
-            config_hash=config_hash(backbone, config),
+            config_hash=config_hash(backbone, config.learnt),
             inputs={"graph": digest},
             meta={"backbone": backbone.kind, "dimension": model.dimension},
             num_rows=graph.num_entities,

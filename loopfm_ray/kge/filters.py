@@ -39,11 +39,12 @@ class Answers:
 
     def pairs(self, entity: Ids, relation: Ids) -> tuple[Ids, Ids]:
         """Return the true answers of B questions as pairs (row, answer), sorted by both."""
-        starts, counts = self._bounds(entity, relation)
-        rows = np.repeat(np.arange(len(starts)), counts)
-        before = np.cumsum(counts) - counts
-        places = np.arange(len(rows)) + np.repeat(starts - before, counts)
-        return rows, self.values[places]
+        return self._stretches(*self._bounds(entity, relation))
+
+    def pairs_of(self, question: Ids) -> tuple[Ids, Ids]:
+        """Return the same of B questions given by their numbers."""
+        starts = self.offsets[question]
+        return self._stretches(starts, self.offsets[question + 1] - starts)
 
     def contains(self, entity: Ids, relation: Ids, answer: Ids) -> NDArray[np.bool_]:
         """Return [B] whether each answer is a true one of its question."""
@@ -70,6 +71,13 @@ class Answers:
         """Return [B] the number of each question; of an unknown one, that of another."""
         places = np.searchsorted(self.keys, self.key(entity, relation))
         return np.minimum(places, len(self.keys) - 1)
+
+    def _stretches(self, starts: Ids, counts: Ids) -> tuple[Ids, Ids]:
+        """Return pairs (row, value) of B stretches of the values."""
+        rows = np.repeat(np.arange(len(starts)), counts)
+        before = np.cumsum(counts) - counts
+        places = np.arange(len(rows)) + np.repeat(starts - before, counts)
+        return rows, self.values[places]
 
     def _bounds(self, entity: Ids, relation: Ids) -> tuple[Ids, Ids]:
         rows = self._rows(entity, relation)

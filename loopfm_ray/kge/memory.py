@@ -11,13 +11,16 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from loopfm_ray.config import Config
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.best import best_columns
 from loopfm_ray.kge.objectives import Asked, Objective, score_answers
+from loopfm_ray.kge.processes import ALONE, Process
 
 __all__ = [
     "AnyMemoryConfig",
@@ -104,9 +107,13 @@ class Memory(Protocol):
 
 
 def make_memory(
-    config: AnyMemoryConfig, model: KgeModel, objective: Objective, teacher: KgeModel | None
+    config: AnyMemoryConfig,
+    model: KgeModel,
+    objective: Objective,
+    teacher: KgeModel | None,
+    process: Process = ALONE,
 ) -> Memory:
-    """Build the empty memory of a model that is trained on an objective.
+    """Build the empty memory of a model that is trained on an objective; processes that train together remember the same.
 
     Raises:
         ConfigError: the memory and the loss, or the memory and the teacher, do not go together.
@@ -123,7 +130,8 @@ def make_memory(
     if isinstance(config, SnapshotConfig):
         return _Snapshot(model, config.every)
     assert isinstance(config, LastVisitConfig)
-    return _LastVisit(objective, min(config.num_kept, model.num_entities), model.entity.device)
+    num_kept = min(config.num_kept, model.num_entities)
+    return _LastVisit(objective, num_kept, model.entity.device, process)
 
 
 class _Copy:
@@ -214,32 +222,41 @@ class _Average(_Copy):
 class _LastVisit:
     """[Q, K] the places and scores of each question's best answers; a question that was not asked yet has none."""
 
-    def __init__(self, objective: Objective, num_kept: int, device: torch.device) -> None:
+    def __init__(
+        self, objective: Objective, num_kept: int, device: torch.device, process: Process
+    ) -> None:
         if objective.loss.kind not in ("one_vs_all", "k_vs_all"):
             raise ConfigError(
                 f"memory.kind last_visit remembers scores of all entities, and loss.kind is {objective.loss.kind},"
                 " which scores drawn ones; take average or snapshot"
             )
         num = len(objective.known.keys)
+        self.process = process
         self.questions = torch.from_numpy(objective.question_of_rows()).to(device)
         self.columns = torch.zeros(num, num_kept, dtype=torch.int32, device=device)
         self.scores = torch.full((num, num_kept), torch.nan, device=device)
 
     def recall(self, asked: Asked) -> Knowledge | None:
-        question = self.questions[torch.from_numpy(asked.rows).to(self.questions.device)]
-        scores = self.scores[question]
-        if scores[:, 0].isnan().any():
-            return None  # in the first epoch
-        return Knowledge(scores, self.columns[question].long())
+        if self.scores[self._questions(asked.batch), 0].isnan().any():
+            return None  # in the first epoch; all processes find the same
+        question = self._questions(asked.rows)
+        return Knowledge(self.scores[question], self.columns[question].long())
 
     def after_step(self, model: KgeModel, asked: Asked) -> None:  # noqa: ARG002  of a protocol
-        question = self.questions[torch.from_numpy(asked.rows).to(self.questions.device)]
+        question = self._questions(asked.rows)
         # a question may be asked by several rows, whose scores may differ in their last bits
-        once = torch.from_numpy(np.unique(question.cpu().numpy(), return_index=True)[1])
-        once = once.to(question.device)
-        best = asked.scores.detach()[once].topk(self.scores.shape[1], dim=1)
-        self.scores[question[once]] = best.values
-        self.columns[question[once]] = best.indices.int()
+        once = _first_places(question)
+        present = asked.scores.detach()[once]
+        best = best_columns(present, self.scores.shape[1])
+        question = self.process.gather(question[once])
+        scores = self.process.gather(present.gather(1, best))
+        columns = self.process.gather(best.int())
+        once = _first_places(question)
+        self.scores[question[once]] = scores[once]
+        self.columns[question[once]] = columns[once]
+
+    def _questions(self, rows: NDArray[np.int64]) -> Tensor:
+        return self.questions[torch.from_numpy(rows).to(self.questions.device)]
 
     def after_epoch(self, model: KgeModel, epoch: int) -> None:
         pass
@@ -250,3 +267,9 @@ class _LastVisit:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, mine in self.state_dict().items():
             mine.copy_(state[name])
+
+
+def _first_places(question: Tensor) -> Tensor:
+    """Return where each distinct question comes first."""
+    places = np.unique(question.cpu().numpy(), return_index=True)[1]
+    return torch.from_numpy(places).to(question.device)

@@ -23,6 +23,7 @@ from loopfm_ray.kge.losses import (
     self_adversarial,
 )
 from loopfm_ray.kge.negatives import FilteredNegatives, uniform_negatives
+from loopfm_ray.kge.processes import ALONE, Part, Process, part_of
 from loopfm_ray.kge.regularizers import dura, n3
 from loopfm_ray.kge.triples import TripleSet
 
@@ -98,7 +99,7 @@ class RegularizerConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The questions of a batch and their scores."""
+    """The questions of a batch, or of this process's part of it, and their scores."""
 
     rows: Ids
     """[B] their numbers, under `Objective.num_rows`."""
@@ -112,6 +113,10 @@ class Asked:
     """[B, K] int64 entities that were scored, the true one first; None: all, in order."""
     scores: Tensor
     """[B, K] or [B, E], with gradient."""
+    batch: Ids
+    """The numbers of the whole batch, in which the part's own follow one another."""
+    weight: float
+    """What a mean over the part's questions counts in that over the batch; 1 in a single process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,28 +148,41 @@ class Objective:
         return self.ask(model, batch, generator)[1]
 
     def ask(
-        self, model: KgeModel, batch: Ids, generator: np.random.Generator
+        self,
+        model: KgeModel,
+        batch: Ids,
+        generator: np.random.Generator,
+        process: Process = ALONE,
     ) -> tuple[Asked, Tensor]:
-        """Return the questions of rows batch [B] with their scores, and [] the loss, as `batch_loss`."""
+        """Return the questions of a process's part of rows batch [B] with their scores, and [] its summand of the loss.
+
+        Negatives are drawn for the whole batch, so they are the same whatever the number of processes.
+        """
+        part = part_of(len(batch), process)
         if isinstance(self.loss, KVsAllConfig):
-            return self._ask_questions(model, self.loss, batch)
-        entity, relation, answer = (np.ascontiguousarray(part) for part in self.rows[batch].T)
+            return self._ask_questions(model, self.loss, batch, part)
+        own = batch[part.rows]
+        weight = part.weight(len(own), len(batch))
+        entity, relation, answer = (np.ascontiguousarray(one) for one in self.rows[own].T)
         who, by, true = _to(model, entity, relation, answer)
         penalty = self._penalty(model, who, by, true)
         if isinstance(self.loss, OneVsAllConfig):
             scores = score_answers(model, who, by)
             loss = one_vs_all_cross_entropy(scores, true)
-            return Asked(batch, who, by, true, None, scores), loss + penalty
-        drawn = self._draw(self.loss, generator, entity, relation)
+            asked = Asked(own, who, by, true, None, scores, batch, weight)
+            return asked, weight * (loss + penalty)
+        drawn = self._draw(self.loss, generator, batch)[part.rows]
         (candidates,) = _to(model, np.concatenate([answer[:, None], drawn], axis=1))
         scores = score_answers(model, who, by, candidates)
-        asked = Asked(batch, who, by, torch.zeros_like(true), candidates, scores)
-        return asked, _sampled_loss(self.loss, scores) + penalty
+        first = torch.zeros_like(true)
+        asked = Asked(own, who, by, first, candidates, scores, batch, weight)
+        return asked, weight * (_sampled_loss(self.loss, scores) + penalty)
 
     def _ask_questions(
-        self, model: KgeModel, config: KVsAllConfig, batch: Ids
+        self, model: KgeModel, config: KVsAllConfig, batch: Ids, part: Part
     ) -> tuple[Asked, Tensor]:
-        entity, relation = np.divmod(self.known.keys[batch], self.known.num_relations)
+        own = batch[part.rows]
+        entity, relation = np.divmod(self.known.keys[own], self.known.num_relations)
         row, answer = self.known.pairs(entity, relation)
         who, by = _to(model, entity, relation)
         scores = score_answers(model, who, by)
@@ -172,15 +190,21 @@ class Objective:
         loss = k_vs_all_bce(scores, places, answers, config.label_smoothing)
         triples = _to(model, entity[row], relation[row])
         penalty = self._penalty(model, triples[0], triples[1], answers)
-        return Asked(batch, who, by, None, None, scores), loss + penalty
+        weight = part.weight(len(own), len(batch))
+        of_triples = part.weight(len(row), self._num_answers(batch))
+        asked = Asked(own, who, by, None, None, scores, batch, weight)
+        return asked, weight * loss + of_triples * penalty
 
-    def _draw(
-        self, config: SampledConfig, generator: np.random.Generator, entity: Ids, relation: Ids
-    ) -> Ids:
+    def _num_answers(self, questions: Ids) -> int:
+        offsets = self.known.offsets
+        return int((offsets[questions + 1] - offsets[questions]).sum())
+
+    def _draw(self, config: SampledConfig, generator: np.random.Generator, batch: Ids) -> Ids:
         num = config.num_negatives
-        if self.filtered is not None:
-            return self.filtered.draw(generator, entity, relation, num)
-        return uniform_negatives(generator, len(entity), num, self.known.num_entities)
+        if self.filtered is None:
+            return uniform_negatives(generator, len(batch), num, self.known.num_entities)
+        entity, relation = (np.ascontiguousarray(one) for one in self.rows[batch, :2].T)
+        return self.filtered.draw(generator, entity, relation, num)
 
     def _penalty(
         self, model: KgeModel, entity: Tensor, relation: Tensor, answer: Tensor

@@ -1,8 +1,9 @@
 """Filtered ranks of the true tail of (h, r, ?) and the true head of (?, r, t), and what is said of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from loopfm_ray.errors import DataError, MetricError, ShapeError
 from loopfm_ray.kge.filters import Answers, KnownFacts
 
-__all__ = ["RankingMetrics", "Ranks", "Scorer", "rank_triples", "summarize_ranks"]
+__all__ = [
+    "Ranking",
+    "RankingMetrics",
+    "RankingPart",
+    "Ranks",
+    "Scorer",
+    "prepare_ranking",
+    "rank_triples",
+    "summarize_ranks",
+]
 
 _CELLS = 1 << 20
 """Scores held at a time: 4 MiB in single precision, which the caches of a CPU hold; 64 MiB take twice as long."""
@@ -23,7 +33,7 @@ _EXACT = 1 << 24
 _HITS = (1, 3, 10)
 
 Ids = NDArray[np.int64]
-Score = Callable[[Tensor, Tensor], Tensor]
+Floats = NDArray[np.float64]
 
 
 class Scorer(Protocol):
@@ -101,21 +111,141 @@ def rank_triples(
         MetricError: a score is not finite: NaN compares as worse than nothing, which would rank first.
         ShapeError: the model does not score the graph's entities.
     """
+    ranking = prepare_ranking(triples, known, max_cells, device)
+    return ranking.join([ranking.rank(model, part) for (part,) in ranking.parts(1)])
+
+
+@dataclass(frozen=True)
+class RankingPart:
+    """Questions of one side, which are scored block by block."""
+
+    is_tail: bool
+    """Whether tails are ranked, else heads."""
+    start: int
+    stop: int
+    """Numbers of distinct questions, in order of their keys."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """The questions of triples about one side."""
+
+    known: Answers
+    entity: Ids
+    """[n] what is asked about."""
+    relation: Ids
+    """[n]."""
+    answer: Ids
+    """[n]."""
+    order: Ids
+    """[n] triples sorted by question."""
+    bounds: Ids
+    """[Q + 1] question q is asked by the triples `order[bounds[q] : bounds[q + 1]]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Triples that are to be ranked, so prepared that processes can share them and find the same ranks.
+
+    A part is whole blocks of questions: a block's scores are computed in one piece, in the same shape in whatever process.
+    """
+
+    tails: _Side
+    heads: _Side
+    step: int
+    """Questions of a block."""
+    device: torch.device
+
+    def parts(self, num: int) -> tuple[list[RankingPart], list[RankingPart]]:
+        """Return `num` parts of the questions about tails, and as many about heads; some may be empty."""
+        return self._parts(self.tails, num), self._parts(self.heads, num)
+
+    def rank(self, model: Scorer, part: RankingPart) -> Floats:
+        """Return the ranks of a part's triples, in the order of their questions.
+
+        Raises:
+            MetricError, ShapeError: see `rank_triples`.
+        """
+        side = self.tails if part.is_tail else self.heads
+        with torch.no_grad(), _in_evaluation(model):
+            found = [
+                self._block(model, side, start, min(start + self.step, part.stop))
+                for start in range(part.start, part.stop, self.step)
+            ]
+        return np.concatenate([np.empty(0), *found])
+
+    def join(self, found: Sequence[Floats]) -> Ranks:
+        """Return the ranks of all triples from those [n] of tails and those [n] of heads, each one part after another."""
+        ranks, numbers = [], []
+        for side, ranked in zip((self.tails, self.heads), found, strict=True):
+            in_place = np.empty(len(side.order))
+            in_place[side.order] = ranked
+            ranks.append(in_place)
+            numbers.append(
+                side.known.num_entities
+                - side.known.counts(side.entity, side.relation)
+                + side.known.contains(side.entity, side.relation, side.answer)
+            )
+        return Ranks(ranks[0], ranks[1], numbers[0], numbers[1])
+
+    def _parts(self, side: _Side, num: int) -> list[RankingPart]:
+        num_questions = len(side.bounds) - 1
+        blocks = -(-num_questions // self.step)
+        cuts = [min(blocks * n // num * self.step, num_questions) for n in range(num + 1)]
+        return [RankingPart(side is self.tails, start, stop) for start, stop in pairwise(cuts)]
+
+    def _block(self, model: Scorer, side: _Side, start: int, stop: int) -> Floats:
+        """Return the ranks of the triples of questions start to stop."""
+        known, device, bounds = side.known, self.device, side.bounds
+        asked = side.order[bounds[start:stop]]
+        entity, relation = side.entity[asked], side.relation[asked]
+        who, by = (torch.from_numpy(ids).to(device) for ids in (entity, relation))
+        is_tail = side is self.tails
+        scores = model.score_tails(who, by) if is_tail else model.score_heads(by, who)
+        _check_scores(scores, (len(entity), known.num_entities))
+        rows = side.order[bounds[start] : bounds[stop]]
+        question = np.repeat(np.arange(stop - start), np.diff(bounds[start : stop + 1]))
+        answer = side.answer[rows]
+        places = torch.from_numpy(question).to(device), torch.from_numpy(answer).to(device)
+        true = scores[places]
+        others = known.pairs(entity, relation)
+        scores[
+            torch.from_numpy(others[0]).to(device), torch.from_numpy(others[1]).to(device)
+        ] = -torch.inf
+        is_known = known.contains(side.entity[rows], side.relation[rows], answer)
+        return _counted(scores, places[0], true, self.step) - ~is_known / 2.0
+
+
+def prepare_ranking(
+    triples: Ids,
+    known: KnownFacts,
+    max_cells: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Ranking:
+    """Sort the questions of triples into those of both sides; the arguments are those of `rank_triples`.
+
+    Raises:
+        DataError: no triples.
+    """
     if len(triples) == 0:
         raise DataError("ranking needs at least one triple, found none; check the split")
     head, relation, tail = (np.ascontiguousarray(column) for column in triples.T)
+    device = torch.device(device)
     if max_cells is None:
-        max_cells = _CELLS if torch.device(device).type == "cpu" else _CELLS_OF_ACCELERATOR
+        max_cells = _CELLS if device.type == "cpu" else _CELLS_OF_ACCELERATOR
+    return Ranking(
+        tails=_side(known.tails, head, relation, tail),
+        heads=_side(known.heads, tail, relation, head),
+        step=max(1, max_cells // known.tails.num_entities),
+        device=device,
+    )
 
-    def of_heads(entity: Tensor, relation: Tensor) -> Tensor:
-        return model.score_heads(relation, entity)
 
-    with torch.no_grad(), _in_evaluation(model):
-        tails, num_tails = _ranks(
-            model.score_tails, known.tails, (head, relation, tail), max_cells, device
-        )
-        heads, num_heads = _ranks(of_heads, known.heads, (tail, relation, head), max_cells, device)
-    return Ranks(tails, heads, num_tails, num_heads)
+def _side(known: Answers, entity: Ids, relation: Ids, answer: Ids) -> _Side:
+    key = known.key(entity, relation)
+    order = np.argsort(key, kind="stable")
+    _, first = np.unique(key[order], return_index=True)
+    return _Side(known, entity, relation, answer, order, np.append(first, len(key)))
 
 
 def summarize_ranks(
@@ -175,44 +305,7 @@ def _in_evaluation(model: Scorer) -> Iterator[None]:
             model.train(was_training)
 
 
-def _ranks(
-    score: Score,
-    known: Answers,
-    triples: tuple[Ids, Ids, Ids],
-    max_cells: int,
-    device: torch.device | str,
-) -> tuple[NDArray[np.float64], Ids]:
-    """Return ranks [n] and numbers of candidates [n] of triples given as (entity asked about, relation, answer)."""
-    entity, relation, answer = triples
-    is_known = known.contains(entity, relation, answer)
-    candidates = known.num_entities - known.counts(entity, relation) + is_known
-    key = known.key(entity, relation)
-    order = np.argsort(key, kind="stable")
-    _, first = np.unique(key[order], return_index=True)
-    bounds = np.append(first, len(key))
-    found = np.empty(len(key))
-    step = max(1, max_cells // known.num_entities)
-    for start in range(0, len(first), step):
-        stop = min(start + step, len(first))
-        asked = order[first[start:stop]]
-        scores = _scores(score, entity[asked], relation[asked], known, device)
-        rows = order[bounds[start] : bounds[stop]]
-        question = np.repeat(np.arange(stop - start), np.diff(bounds[start : stop + 1]))
-        places = torch.from_numpy(question).to(device), torch.from_numpy(answer[rows]).to(device)
-        true = scores[places]
-        others = known.pairs(entity[asked], relation[asked])
-        scores[
-            torch.from_numpy(others[0]).to(device), torch.from_numpy(others[1]).to(device)
-        ] = -torch.inf
-        found[rows] = _counted(scores, places[0], true, step) - ~is_known[rows] / 2.0
-    return found, candidates
-
-
-def _scores(
-    score: Score, entity: Ids, relation: Ids, known: Answers, device: torch.device | str
-) -> Tensor:
-    scores = score(torch.from_numpy(entity).to(device), torch.from_numpy(relation).to(device))
-    expected = (len(entity), known.num_entities)
+def _check_scores(scores: Tensor, expected: tuple[int, int]) -> None:
     if scores.shape != expected:
         raise ShapeError(
             f"the model gives scores of shape {tuple(scores.shape)}, expected {expected}; build it for this graph"
@@ -221,10 +314,9 @@ def _scores(
         raise MetricError(
             "the model gives scores that are not finite; training diverged: lower its learning rate"
         )
-    return scores
 
 
-def _counted(scores: Tensor, row: Tensor, true: Tensor, step: int) -> NDArray[np.float64]:
+def _counted(scores: Tensor, row: Tensor, true: Tensor, step: int) -> Floats:
     """Return [m] 1 + better + ties / 2 for true scores [m] among scores [C, E], row [m] sorted, `step` rows at a time.
 
     A better score has the sign 1, a tie 0 and a worse one -1, so that better + ties / 2 is half of E and the sum of signs.

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from loopfm_ray.config import Config
 from loopfm_ray.kge.backbone import KgeModel
+from loopfm_ray.kge.best import best_columns
 from loopfm_ray.kge.confidence import (
     ConfidenceConfig,
     EvenConfig,
@@ -30,10 +31,13 @@ from loopfm_ray.kge.confidence import (
     SemanticModule,
     Views,
     answer_confidence,
+    gate_confidence,
+    gate_loss,
     standardized,
 )
 from loopfm_ray.kge.memory import AverageConfig, Knowledge, MemoryConfig, make_memory
 from loopfm_ray.kge.objectives import Asked, Objective
+from loopfm_ray.kge.processes import ALONE, Process, sum_gradients
 
 __all__ = [
     "DivergenceConfig",
@@ -94,6 +98,7 @@ class SelfDistillation:
         model: KgeModel,
         objective: Objective,
         teacher: KgeModel | None = None,
+        process: Process = ALONE,
     ) -> None:
         """Begin with nothing remembered.
 
@@ -102,15 +107,17 @@ class SelfDistillation:
             model: the model that is trained.
             objective: what it is trained on.
             teacher: the model to learn from, with `memory.kind: teacher` alone.
+            process: this one among those that train the model.
 
         Raises:
             ConfigError: memory, loss and teacher do not go together.
         """
         self.config = config
-        self.memory = make_memory(config.memory, model, objective, teacher)
-        self._objective = objective
+        self.memory = make_memory(config.memory, model, objective, teacher, process)
+        self._objective, self._process = objective, process
         self._question = objective.question_of_rows()
-        self._views: Views | None = None
+        self._told: tuple[Tensor, Tensor] | None = None
+        """Of the present step: the gate's logits and the known answers, [B, K] each."""
         self.gate: SemanticModule | None = None
         if isinstance(config.confidence, SemanticConfig):
             self.gate = SemanticModule(config.confidence.hidden).to(model.entity.device)
@@ -122,27 +129,32 @@ class SelfDistillation:
         return self.config.weight * min(1.0, max(0, since) / self.config.ramp_epochs)
 
     def penalty(self, asked: Asked, epoch: int) -> Tensor | float:
-        """Return [] what is added to the loss of a batch, with gradient to its scores; 0 where nothing is remembered yet."""
-        weight, self._views = self.weight_at(epoch), None
+        """Return [] what is added to the loss of a batch, with gradient to its scores; 0 where nothing is remembered yet.
+
+        Of a part of a batch, its summand.
+        """
+        weight, self._told = self.weight_at(epoch), None
         known = self.memory.recall(asked) if weight > 0 else None
         if known is None:
             return 0.0
         columns, earlier = self._focus(asked, known)
         present = asked.scores if columns is None else asked.scores.gather(1, columns)
-        self._views = Views(earlier, present.detach(), self._is_answer(asked, columns))
-        of_question, of_candidate = self._confidence(self._views)
+        views = Views(earlier, present.detach(), self._is_answer(asked, columns))
+        of_question, of_candidate = self._confidence(views)
         divergence = self.config.divergence
         if isinstance(divergence, HuberConfig):
             distance = huber_distance(present, earlier, divergence.threshold, of_candidate)
         else:
             distance = kl_distance(present, earlier, divergence.temperature)
-        return weight * (of_question * distance).mean()
+        return weight * asked.weight * (of_question * distance).mean()
 
     def after_step(self, model: KgeModel, asked: Asked) -> None:
         """Let the memory and the semantic module learn from a step."""
-        if self.gate is not None and self._views is not None:
+        if self.gate is not None and self._told is not None:
             self._adam.zero_grad()
-            self.gate.loss(self._views).backward()  # type: ignore[no-untyped-call]  # torch
+            loss = asked.weight * gate_loss(*self._told)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
+            sum_gradients(self.gate, self._process)
             self._adam.step()
         self.memory.after_step(model, asked)
 
@@ -169,7 +181,7 @@ class SelfDistillation:
         num = self.config.num_candidates
         if known.columns is not None or num is None or num >= known.scores.shape[1]:
             return known.columns, known.scores
-        columns = known.scores.topk(num, dim=1).indices
+        columns = best_columns(known.scores, num)
         if asked.answer is not None:
             wanted = asked.answer[:, None]
             is_there = (columns == wanted).any(1, keepdim=True)
@@ -178,15 +190,16 @@ class SelfDistillation:
 
     def _is_answer(self, asked: Asked, columns: Tensor | None) -> Tensor:
         """Return [B, K] bool: which of the compared are known answers from training."""
-        entities = asked.candidates
-        if entities is None:
-            every = torch.arange(asked.scores.shape[1], device=asked.scores.device)
-            entities = every.expand_as(asked.scores)
-        if columns is not None:
-            entities = entities.gather(1, columns)
-        question = self._question[asked.rows][:, None]
-        found = self._objective.known.has(question, entities.cpu().numpy())
-        return torch.from_numpy(found).to(asked.scores.device)
+        question, device = self._question[asked.rows], asked.scores.device
+        if asked.candidates is None:
+            # the few answers are marked among all entities: a search for each candidate takes several times as long
+            row, answer = self._objective.known.pairs_of(question)
+            marked = torch.zeros(asked.scores.shape, dtype=torch.bool, device=device)
+            marked[torch.from_numpy(row).to(device), torch.from_numpy(answer).to(device)] = True
+            return marked if columns is None else marked.gather(1, columns)
+        entities = asked.candidates if columns is None else asked.candidates.gather(1, columns)
+        found = self._objective.known.has(question[:, None], entities.cpu().numpy())
+        return torch.from_numpy(found).to(device)
 
     def _confidence(self, views: Views) -> tuple[Tensor, Tensor]:
         config = self.config.confidence
@@ -196,7 +209,8 @@ class SelfDistillation:
         if isinstance(config, RuleConfig):
             return answer_confidence(views, config.kind), all_alike
         assert self.gate is not None
-        return self.gate.confidence(views, config.sharpness)
+        self._told = self.gate(views), views.is_answer  # once: the step after learns from the same
+        return gate_confidence(*self._told, config.sharpness)
 
 
 def huber_distance(

@@ -325,6 +325,11 @@ class SweepConfig(Config):
         found = self.resolve(params)
         if not isinstance(found, KgeRunConfig):
             raise ConfigError(f"sweep {self.name} tunes a pipeline, not a graph's embedding")
+        if found.train.num_workers != 1:
+            raise ConfigError(
+                f"train.num_workers is {found.train.num_workers}; a trial trains on one core, several trials run side by side: set"
+                " it to 1"
+            )
         return found
 
     def _pipeline(self, params: Mapping[str, Any]) -> PipelineConfig:

@@ -44,3 +44,13 @@ def test_ranks_are_those_of_pykeen():
     assert found["equal_ranks"]
     assert found["differing_ranks"] == dict.fromkeys(MODELS, 0)
     assert all(record[0]["num"] == 60 for of in found["records"].values() for record in of.values())
+
+
+@pytest.mark.slow
+def test_plain_and_distilled_epochs_take_turns():
+    found = figures("kge_csd_cost.py", "--batch=256", "--negatives=8", "--models=complex,rotate")
+    ratios = [found[f"ratio_epoch_csd_vs_plain_{kind}"] for kind in ("complex", "rotate")]
+    assert found["ratio_epoch_csd_vs_plain"] == max(ratios) > 0
+    assert 1.0 < found["memory_copies"] < 1.5  # of so small a model the semantic module is a part
+    for record in found["records"].values():
+        assert len(record["seconds"]["plain"]) == len(record["seconds"]["csd"]) == 1

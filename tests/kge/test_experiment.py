@@ -10,7 +10,7 @@ from loopfm_ray.config import validate
 from loopfm_ray.errors import ConfigError, DataError, StoreError
 from loopfm_ray.jobs import kge_experiment as job
 from loopfm_ray.jobs.kge_experiment import run_kge_experiment
-from loopfm_ray.kge import experiment
+from loopfm_ray.kge import experiment, runner
 from loopfm_ray.kge.compare import compare_cells, summarise_kge
 from loopfm_ray.kge.experiment import (
     KgeExperimentConfig,
@@ -112,13 +112,13 @@ def test_a_finished_cell_is_not_trained_again_and_a_lost_teacher_is(graph, monke
     weights = load_file(teacher_of(cell).weights_path)
     assert record["teacher_train_s"] > 0
     trainings = []
-    real = experiment.train_kge
+    real = runner.train_kge
 
     def train(*args, **kwargs):
         trainings.append(args[1].dimension)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(experiment, "train_kge", train)
+    monkeypatch.setattr(runner, "train_kge", train)
     assert run_cell(cell) == record
     assert trainings == []
     cell.record_path.unlink()
@@ -135,21 +135,18 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(graph, monkeypatch):
     cell = next(cell for cell in plan_cells(config_of(graph)) if cell.arm == "csd")
     whole = run_cell(cell)
     cell.record_path.unlink()
-    real, epochs = experiment.train_kge, []
+    real, epochs = runner.train_kge, []
 
     def cut(epoch, loss):
         if epoch == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "train_kge", lambda *a, **k: real(*a, **k, on_epoch=cut))
+    monkeypatch.setattr(runner, "train_kge", lambda *a, **k: real(*a, **{**k, "on_epoch": cut}))
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell)
     assert read_cell_record(cell) is None
-    monkeypatch.setattr(
-        experiment,
-        "train_kge",
-        lambda *a, **k: real(*a, **k, on_epoch=lambda epoch, loss: epochs.append(epoch)),
-    )
+    hook = {"on_epoch": lambda epoch, loss: epochs.append(epoch)}
+    monkeypatch.setattr(runner, "train_kge", lambda *a, **k: real(*a, **{**k, **hook}))
     again = run_cell(cell)
     assert epochs == [3, 4]
     assert {**again, "curve": 0, "train_s": 0, "train_s_to_best": 0} == {

@@ -12,6 +12,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from loopfm_ray import cli_kge
 from loopfm_ray.cli import app
 from loopfm_ray.config import load_config
 from loopfm_ray.errors import ConfigError, DataError, SchemaError, StoreError
@@ -198,6 +199,16 @@ def test_a_place_or_device_that_is_not_there_is_told(tmp_path):
         embed_graph(run_config(tmp_path))
     with pytest.raises(ConfigError, match=r"device abacus can not be used: .*; take cpu"):
         embed_graph(run_config(tmp_path), device="abacus")
+
+
+@pytest.mark.parametrize("name", ["num_workers", "num_ranking_workers"])
+def test_workers_need_a_cluster_and_a_cpu(name, tmp_path):
+    write_files(tmp_path / "in")
+    config = run_config(tmp_path, train={"epochs": 4, name: 2})
+    with pytest.raises(ConfigError, match=f"{name}.* 2.* works alone; set them to 1 and 0"):
+        embed_graph(config, on_epoch=lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="device is cuda and workers train and rank on CPUs"):
+        cli_kge._check_on_cpu(config.train.num_workers, "cuda")
 
 
 def test_items_need_a_linked_graph(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loopfm_ray.errors import DataError, MetricError, ShapeError
 from loopfm_ray.kge.filters import index_facts
 from loopfm_ray.kge.models import build_kge, read_kge_config
-from loopfm_ray.kge.ranking import Ranks, rank_triples, summarize_ranks
+from loopfm_ray.kge.ranking import Ranks, prepare_ranking, rank_triples, summarize_ranks
 from tests.kge.graphs import random_triples
 from tests.kge.memory import Largest
 
@@ -242,3 +242,16 @@ def test_memory_is_bounded():
     with Largest() as largest:
         rank_triples(model, facts, index_facts(facts, 100, R), max_cells=1000)
     assert largest.numel == 1000
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
+def test_parts_that_others_rank_join_to_the_same_ranks(num_parts):
+    table, triples = random_table(0), random_triples(1, 40, E, R)
+    known = index_facts(triples, E, R)
+    ranking = prepare_ranking(triples, known, max_cells=3 * E)
+    found = [
+        np.concatenate([ranking.rank(table, part) for part in parts])
+        for parts in ranking.parts(num_parts)
+    ]
+    joined, expected = ranking.join(found), brute_force(table, triples, triples)
+    assert_equal(joined, expected)

@@ -9,7 +9,13 @@ import torch
 
 from loopfm_ray.config import validate
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.kge.confidence import SemanticModule, Views, standardized
+from loopfm_ray.kge.confidence import (
+    SemanticModule,
+    Views,
+    gate_confidence,
+    gate_loss,
+    standardized,
+)
 from loopfm_ray.kge.memory import make_memory
 from loopfm_ray.kge.models import build_kge, read_kge_config
 from loopfm_ray.kge.objectives import (
@@ -239,16 +245,17 @@ def test_the_gate_learns_to_tell_what_the_earlier_self_knew():
 
     for _ in range(300):
         adam.zero_grad()
-        gate.loss(draw()).backward()
+        views = draw()
+        gate_loss(gate(views), views.is_answer).backward()
         adam.step()
     views = draw()
     place = standardized(views.earlier)
-    of_question, of_candidate = gate.confidence(views, sharpness=1.0)
+    of_question, of_candidate = gate_confidence(gate(views), views.is_answer, sharpness=1.0)
     assert of_candidate[place > 1.2].mean() > 0.9
     assert of_candidate[place < -0.2].mean() > 0.9
     assert of_candidate[(place - 0.5).abs() < 0.1].mean() < 0.5
     assert of_question.mean() > 0.7
-    passed = gate.confidence(views, sharpness=0.0)[1]
+    passed = gate_confidence(gate(views), views.is_answer, sharpness=0.0)[1]
     torch.testing.assert_close(passed, torch.ones_like(passed))
 
 

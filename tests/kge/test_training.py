@@ -7,9 +7,11 @@ import torch
 
 from loopfm_ray.config import validate
 from loopfm_ray.errors import ConfigError, MetricError, StoreError
+from loopfm_ray.kge.checkpoint import CheckpointFile
 from loopfm_ray.kge.filters import index_facts
 from loopfm_ray.kge.models import read_kge_config
 from loopfm_ray.kge.objectives import KVsAllConfig, make_objective
+from loopfm_ray.kge.processes import ALONE
 from loopfm_ray.kge.ranking import rank_triples, summarize_ranks
 from loopfm_ray.kge.training import KgeTrainConfig, train_kge
 from loopfm_ray.kge.triples import index_triples, read_triples
@@ -75,16 +77,17 @@ RECIPES = {
 }
 
 
-def fit(name, checkpoint=None, on_epoch=None, teacher=None, **changes):
+def fit(name, checkpoint=None, on_epoch=None, teacher=None, process=ALONE, **changes):
     backbone, config = RECIPES[name]
     tree = {"batch_size": 32, "epochs": 6, "eval_every": 2, **config, **changes}
     return train_kge(
         ring(),
         read_kge_config(backbone),
-        config_of(**tree),
-        checkpoint,
+        config_of(num_workers=process.world_size, **tree),
+        None if checkpoint is None else CheckpointFile(checkpoint, is_writer=process.rank == 0),
         on_epoch=on_epoch,
         teacher=teacher,
+        process=process,
     )
 
 
@@ -174,6 +177,8 @@ def test_what_can_not_be_trained_is_refused(tmp_path):
         fit("distmult", lr=1e20)
     with pytest.raises(ConfigError, match="DURA is defined"):
         fit("rotate", regularizer={"kind": "dura"})
+    with pytest.raises(ConfigError, match=r"train\.num_workers is 2 and 1 process trains here"):
+        train_kge(ring(), read_kge_config({"kind": "complex"}), config_of(num_workers=2))
     path = tmp_path / "state.pt"
     fit("transe", path)
     with pytest.raises(StoreError, match="the config or the graph changed"):
