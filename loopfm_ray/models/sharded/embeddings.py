@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from loopfm_ray.models.embeddings import INIT_STD, FieldEmbeddings, TableLayout
 from loopfm_ray.models.sharded.distinct import Distinct, find_distinct
-from loopfm_ray.models.sharded.exchange import BAD_ID, DONE, LEARNS, READS, Request, ask, send_back
+from loopfm_ray.models.sharded.exchange import (
+    BAD_ID,
+    LEARNS,
+    READS,
+    Asked,
+    Request,
+    answer,
+    ask,
+    send_back,
+)
 from loopfm_ray.models.sharded.group import Group, SoloGroup
 from loopfm_ray.models.sharded.noise import fill_rows
 from loopfm_ray.models.sharded.optim import RowOptimizer
@@ -94,7 +103,8 @@ class ShardedEmbeddings(nn.Module):
         if bool(is_bad.any()):
             where = is_bad.nonzero()[0]
             detail = (int(places[where[-1]]), int(ids[tuple(where)]))
-            self._ask(self._nothing(BAD_ID, detail))
+            nothing = Request(ids.new_zeros(0), [0] * self.group.size, BAD_ID, detail)
+            ask(self.group, nothing, self._describe)
         found = self._look_up((ids + offsets).flatten())
         return found.view(*ids.shape[:-1], ids.shape[-1] * self.dim)
 
@@ -125,12 +135,11 @@ class ShardedEmbeddings(nn.Module):
 
     def drain(self) -> None:
         """Answer the others' look-ups until no rank asks any more; every rank has to call it."""
-        while True:
-            request = self._nothing(DONE)
-            asked = ask(self.group, request, self._describe)
-            if asked.is_over:
-                return
+
+        def reply(request: Request, asked: Asked) -> None:
             send_back(self.group, self.shard.read(asked.keys), request, asked)
+
+        answer(self.group, reply, self._describe, self.shard.table.device)
 
     def _look_up(self, keys: Tensor) -> Tensor:
         distinct = self._by_owner(keys)
@@ -147,13 +156,6 @@ class ShardedEmbeddings(nn.Module):
         """Return the different ones of row numbers, as `owner * stride + row of its shard`, so that they are in order of owners."""
         size = self.group.size
         return find_distinct(keys if size == 1 else (keys % size) * self._stride + keys // size)
-
-    def _nothing(self, status: int, detail: tuple[int, int] = (0, 0)) -> Request:
-        keys = torch.zeros(0, dtype=torch.int64, device=self.shard.table.device)
-        return Request(keys, [0] * self.group.size, status, detail)
-
-    def _ask(self, request: Request) -> None:
-        ask(self.group, request, self._describe)
 
     def _describe(self, rank: int, field: int, value: int) -> str:
         return (

@@ -10,10 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopfm_ray.errors import DataError, LoopFMError
+from loopfm_ray.errors import DataError, LoopFMError, StoreError
 from loopfm_ray.models.sharded.group import Group
 
-__all__ = ["BAD_ID", "DONE", "LEARNS", "READS", "Asked", "Request", "agree", "ask", "send_back"]
+__all__ = [
+    "BAD_ID",
+    "DONE",
+    "LEARNS",
+    "READS",
+    "Asked",
+    "Request",
+    "agree",
+    "answer",
+    "ask",
+    "send_back",
+]
 
 READS, LEARNS, DONE, BAD_ID = range(4)
 """What the sender of a header does: looks up alone, trains, only answers from now on, or met an id that it may not look up."""
@@ -82,8 +93,29 @@ def send_back(group: Group, rows: Tensor, request: Request, asked: Asked) -> Ten
     return group.exchange(rows, asked.counts, request.counts)
 
 
-def agree(group: Group, error: LoopFMError | None, device: torch.device | None = None) -> None:
-    """Raise `error`, or an error that says which rank has one; every rank has to call it.
+def answer(
+    group: Group,
+    reply: Callable[[Request, Asked], None],
+    describe: Callable[[int, int, int], str],
+    device: torch.device,
+) -> None:
+    """Ask nothing and let `reply` answer the others until no rank asks any more; every rank has to call it.
+
+    Raises:
+        DataError: as `ask`.
+    """
+    nothing = Request(
+        torch.zeros(0, dtype=torch.int64, device=device), [0] * group.size, status=DONE
+    )
+    while True:
+        asked = ask(group, nothing, describe)
+        if asked.is_over:
+            return
+        reply(nothing, asked)
+
+
+def agree(group: Group, error: LoopFMError | None, device: torch.device) -> None:
+    """Raise `error`, or one that says which rank has an error; every rank has to call it.
 
     Raises:
         LoopFMError: a rank has an error.
@@ -93,4 +125,4 @@ def agree(group: Group, error: LoopFMError | None, device: torch.device | None =
     if error is not None:
         raise error
     if failures:
-        raise DataError(f"ranks {failures} of {group.size} failed; their own errors say why")
+        raise StoreError(f"ranks {failures} of {group.size} failed; their own errors say why")
