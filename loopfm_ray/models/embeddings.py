@@ -1,6 +1,6 @@
 """Embeddings of categorical and sequence fields: one table per field by its face, one fused table underneath."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import UNKNOWN_ID
 
-__all__ = ["INIT_STD", "EmbeddingTables", "FieldEmbeddings", "TableLayout", "look_up"]
+__all__ = [
+    "INIT_STD",
+    "EmbeddingTables",
+    "FieldEmbeddings",
+    "TableFactory",
+    "TableLayout",
+    "look_up",
+]
 
 INIT_STD = 0.05
 """Of the noise that rows begin with."""
@@ -40,6 +47,10 @@ class EmbeddingTables(Protocol):
     def __call__(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Return [..., F * dim]: the embeddings of ids [..., F], side by side."""
         ...
+
+
+TableFactory = Callable[[Mapping[str, int], int], EmbeddingTables]
+"""Cardinality of each field, and width -> their tables."""
 
 
 class TableLayout:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loopfm_ray.errors import LoopFMError, StoreError
+from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.sharded.dynamic import DynamicEmbeddings
 from loopfm_ray.models.sharded.embeddings import ShardedEmbeddings
 from loopfm_ray.models.sharded.exchange import agree
@@ -26,7 +27,7 @@ from loopfm_ray.models.sharded.id_map import IdEntries
 from loopfm_ray.store.format import digest
 from loopfm_ray.store.manifest import disk_errors, recover, sync
 
-__all__ = ["load_tables", "save_shard", "save_tables", "sharded_tables", "step_tables"]
+__all__ = ["gather_tables", "load_tables", "save_shard", "save_tables", "sharded_tables"]
 
 _FORMAT_VERSION = 1
 _STATE = "state."
@@ -53,10 +54,18 @@ def sharded_tables(model: nn.Module) -> list[Tables]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def step_tables(model: nn.Module, factor: float) -> None:
-    """Take the step of every sharded table of a model, at a share of the learning rate; every rank has to call it."""
-    for tables in sharded_tables(model):
-        tables.step(factor)
+def gather_tables(model: nn.Module) -> None:
+    """Put local tables in the place of a model's sharded ones; every rank has to call it, and gets all rows."""
+    for parent in list(model.modules()):
+        for name, tables in list(parent.named_children()):
+            if isinstance(tables, ShardedEmbeddings):
+                local = FieldEmbeddings(
+                    dict(zip(tables.names, tables.layout.sizes, strict=True)), tables.dim
+                )
+                with torch.no_grad():
+                    for field in tables.names:
+                        local.table(field).copy_(tables.table(field))
+                setattr(parent, name, local)
 
 
 def save_tables(tables: Tables, directory: Path) -> None:

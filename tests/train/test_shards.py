@@ -1,12 +1,23 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from loopfm_ray.errors import StoreError
+from loopfm_ray.experiments import FmStageConfig
+from loopfm_ray.models.embeddings import FieldEmbeddings
+from loopfm_ray.models.foundation import FmConfig, build_fm
+from loopfm_ray.models.sharded.config import ShardedConfig, table_factory
 from loopfm_ray.models.sharded.group import current_group
 from loopfm_ray.models.sharded.optim import RowAdagradConfig, RowAdamConfig
-from loopfm_ray.train.shards import load_tables, save_tables, sharded_tables, step_tables
+from loopfm_ray.train.loop import LoopConfig, fit
+from loopfm_ray.train.optim import OptimConfig, build_optimizer
+from loopfm_ray.train.shards import gather_tables, load_tables, save_tables, sharded_tables
+from loopfm_ray.train.state import TrainState
+from loopfm_ray.train.step import StepLoss, Workers, make_objective
+from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
 from tests.models.sharded import test_dynamic as dynamic
 from tests.models.sharded import test_embeddings as fixed
 from tests.ranks import run_ranks
@@ -123,5 +134,69 @@ def test_a_shard_that_one_rank_can_not_read_is_an_error_on_all(tmp_path):
 def test_a_model_steps_all_of_its_tables():
     model = torch.nn.ModuleDict({"a": fixed.make(CONFIG), "b": dynamic.make()})
     assert len(sharded_tables(model)) == 2
-    step_tables(model, 0.5)
-    assert [tables.num_steps for tables in sharded_tables(model)] == [1, 1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def objective(batch):
+        return StepLoss(model["b"].default.sum(), torch.zeros(1), torch.ones(1))
+
+    loop = LoopConfig(optim=OptimConfig())
+    fit(TrainState(model, optimizer), [make_batch()] * 2, objective, loop, 2)
+    assert [tables.num_steps for tables in sharded_tables(model)] == [2, 2]
+
+
+def rows_of(batch, rows):
+    return replace(
+        batch,
+        ids=batch.ids[rows],
+        numeric=batch.numeric[rows],
+        sequences={name: ids[rows] for name, ids in batch.sequences.items()},
+        histories={name: replace(one, row=one.row[rows]) for name, one in batch.histories.items()},
+        label=batch.label[rows],
+    )
+
+
+def train_fm_on_rank(rank, num_rows):
+    """Train three steps, rank 0 with a third of the rows; return the weights of the FM with local tables."""
+    torch.manual_seed(0)
+    group = current_group()
+    tables_of = table_factory(ShardedConfig(optim=CONFIG), group, 3)
+    model = build_fm(
+        FmConfig(embed_dim=3, history_dim=4, hidden=(6,)), SCHEMA, ITEM_FIELDS, tables_of
+    )
+    optim = OptimConfig(lr=0.01, warmup_steps=2)
+    state = TrainState(model, build_optimizer(optim, model))
+    wrapped = DistributedDataParallel(model) if group.size > 1 else model
+    workers = Workers(group.size, lambda _: float(num_rows))
+    objective = make_objective(wrapped, workers=workers)
+    thirds = {1: [slice(None)], 2: [slice(num_rows // 3), slice(num_rows // 3, None)]}
+    own = thirds[group.size][rank]
+    batches = [rows_of(make_batch(num_rows, seed=seed), own) for seed in range(3)]
+    fit(state, batches, objective, LoopConfig(optim=optim), 3)
+    gather_tables(model)
+    assert not sharded_tables(model)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_an_fm_with_sharded_tables_beside_data_parallel_weights_trains_as_one_process(tmp_path):
+    expected = train_fm_on_rank(0, 12)
+    assert "features.embeddings.weight" in expected
+    for found in run_ranks(2, train_fm_on_rank, tmp_path, 12):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=2e-6, rtol=0)
+
+
+def test_the_kind_of_table_is_a_choice_of_the_config():
+    local = FmStageConfig()
+    sharded = FmStageConfig.model_validate(
+        {"embedding": {"kind": "sharded", "optim": {"kind": "row_adagrad", "lr": 0.1}}}
+    )
+    assert local.learnt == (local.model, local.learning)
+    assert sharded.learnt[2] == sharded.embedding
+    assert table_factory(local.embedding, current_group(), 0) is FieldEmbeddings
+    tables = table_factory(sharded.embedding, current_group(), 0)({"a": 3}, 2)
+    assert tables.shard.optimizer.config.lr == 0.1
+    with pytest.raises(ValueError, match="patience"):
+        FmStageConfig.model_validate(
+            {"embedding": {"kind": "sharded"}, "learning": {"patience": 2}}
+        )
