@@ -134,7 +134,7 @@ def test_a_shard_that_one_rank_can_not_read_is_an_error_on_all(tmp_path):
 def test_a_model_steps_all_of_its_tables():
     model = torch.nn.ModuleDict({"a": fixed.make(CONFIG), "b": dynamic.make()})
     assert len(sharded_tables(model)) == 2
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = build_optimizer(OptimConfig(), model)
 
     def objective(batch):
         return StepLoss(model["b"].default.sum(), torch.zeros(1), torch.ones(1))

@@ -121,6 +121,7 @@ class ShardedEmbeddings(nn.Module):
         if other.dim != self.dim or not self.layout.has_room_for(other.layout):
             return False
         size, rank = self.group.size, self.group.rank
+        self.shard.forget()
         for name in self.names:
             rows, start = other.table(name).detach(), self.layout.rows(name).start
             first = (rank - start) % size

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from loopfm_ray.models.sharded.distinct import Distinct, find_distinct
 from loopfm_ray.models.sharded.exchange import LEARNS, Asked, Request, send_back
 from loopfm_ray.models.sharded.group import Group
-from loopfm_ray.models.sharded.optim import RowOptimizer
+from loopfm_ray.models.sharded.optim import RowOptimizer, Touched, write_rows
 
 __all__ = ["Route", "Shard", "pull"]
 
@@ -25,6 +25,8 @@ class Route:
     asked: Asked
     rows: Tensor
     """[m] int64: rows of this shard that were asked, by rank; -1 where there is none."""
+    values: Tensor
+    """[m, D] what they are until the next step."""
     gradient: Tensor | None = None
     """[U, D] of the different keys of this rank."""
 
@@ -56,7 +58,7 @@ class Shard:
 
     def reset(self, rows: Tensor, values: Tensor) -> None:
         """Begin anew with rows [m]: their values [m, D], and the state of a fresh row."""
-        self.table[rows] = values.to(self.table.device)
+        write_rows(self.table, rows, values.to(self.table.device))
         for name, value in self.state.items():
             value[rows] = self.begins[name]
 
@@ -84,15 +86,17 @@ class Shard:
         header = torch.tensor(sent, device=self.table.device).T
         came = group.swap(header.contiguous()).T.tolist()
         rows = _by_rank([(r.rows, r.asked.counts) for r in routes], came)
+        values = _by_rank([(r.values, r.asked.counts) for r in routes], came)
         own = _by_rank([(self._gradient(r), r.request.counts) for r in routes], sent)
         gradient = group.exchange(own, _totals(sent), _totals(came))
         if len(routes) > 1 or group.size > 1:
             distinct = find_distinct(rows)
             rows, gradient = distinct.keys, distinct.sum(gradient) / group.size
+            values = values.index_select(0, distinct.order[distinct.starts])
         is_row = rows >= 0
         if not bool(is_row.all()):
-            rows, gradient = rows[is_row], gradient[is_row]
-        self.optimizer.update(self.table, self.state, rows, gradient, factor)
+            rows, values, gradient = rows[is_row], values[is_row], gradient[is_row]
+        self.optimizer.update(self.table, self.state, Touched(rows, values, gradient), factor)
 
     def _gradient(self, route: Route) -> Tensor:
         if route.gradient is not None:
@@ -113,10 +117,11 @@ def pull(
         asked: what the others asked it.
         rows: [m] where in the shard that lies; -1 reads as zeros.
     """
-    replies = send_back(group, shard.read(rows), request, asked)
+    values = shard.read(rows)
+    replies = send_back(group, values, request, asked)
     if request.status != LEARNS:
         return replies.index_select(0, distinct.place)
-    route = Route(request, asked, rows)
+    route = Route(request, asked, rows, values)
     shard.routes.append(route)
     found: Tensor = _Pull.apply(shard.anchor, replies, distinct, route)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return found

@@ -6,7 +6,13 @@ import torch
 
 from loopfm_ray.models.sharded.distinct import find_distinct
 from loopfm_ray.models.sharded.noise import fill_rows, initial_rows, mix
-from loopfm_ray.models.sharded.optim import RowAdagradConfig, RowAdamConfig, build_row_optimizer
+from loopfm_ray.models.sharded.optim import (
+    RowAdagradConfig,
+    RowAdamConfig,
+    Touched,
+    build_row_optimizer,
+    write_rows,
+)
 from loopfm_ray.models.sharded.shard import Shard
 
 
@@ -48,7 +54,8 @@ def shard_of(config):
     shard = Shard(3, 2, build_row_optimizer(config))
     rows, gradient = torch.tensor([2]), torch.tensor([[3.0, -4.0]])
     for _ in range(2):
-        shard.optimizer.update(shard.table, shard.state, rows, gradient, 0.5)
+        touched = Touched(rows, shard.read(rows), gradient)
+        shard.optimizer.update(shard.table, shard.state, touched, 0.5)
     return shard
 
 
@@ -72,3 +79,12 @@ def test_a_row_that_begins_anew_forgets_its_state():
     shard.reset(torch.tensor([2]), torch.tensor([[5.0, 6.0]]))
     assert shard.table[2].tolist() == [5.0, 6.0]
     assert shard.state["square_sum"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 3), (0, 3)])
+def test_written_rows_are_those_of_an_assignment(shape):
+    table, rows = torch.zeros(shape), torch.tensor([3, 0][: shape[0]], dtype=torch.int64)
+    values, expected = torch.randn(6, *shape[1:])[::3][: shape[0]], torch.zeros(shape)
+    expected[rows] = values
+    write_rows(table, rows, values)
+    assert torch.equal(table, expected)
