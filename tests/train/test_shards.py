@@ -18,28 +18,27 @@ from loopfm_ray.train.shards import gather_tables, load_tables, save_tables, sha
 from loopfm_ray.train.state import TrainState
 from loopfm_ray.train.step import StepLoss, Workers, make_objective
 from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
-from tests.models.sharded import test_dynamic as dynamic
-from tests.models.sharded import test_embeddings as fixed
 from tests.ranks import run_ranks
+from tests.sharded_inputs import make, make_dynamic, train, train_dynamic, weights
 
 CONFIG = RowAdamConfig(lr=0.1)
 
 
 def fixed_part(rank, folder, steps, is_resumed):
     """Train from the checkpoint, or from the start, and write one; return what all rows are."""
-    tables = fixed.make(CONFIG, current_group())
+    tables = make(CONFIG, current_group())
     if is_resumed:
         load_tables(tables, folder)
-    fixed.train(tables, rank, steps)
+    train(tables, rank, steps)
     save_tables(tables, folder)
-    return fixed.weights(tables), tables.num_steps
+    return weights(tables), tables.num_steps
 
 
 def dynamic_part(rank, folder, steps, is_resumed):
-    tables = dynamic.make(current_group())
+    tables = make_dynamic(current_group())
     if is_resumed:
         load_tables(tables, folder)
-    return dynamic.train(tables, rank, steps), save_tables(tables, folder), tables.ids.size
+    return train_dynamic(tables, rank, steps), save_tables(tables, folder), tables.ids.size
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -52,8 +51,8 @@ def test_two_ranks_save_and_others_go_on_as_one_process_would(size, tmp_path):
     ]
     args = (folder, [3, 4], True)
     parts = run_ranks(size, fixed_part, tmp_path, *args) if size > 1 else [fixed_part(0, *args)]
-    for weights, num_steps in parts:
-        torch.testing.assert_close(weights, whole, atol=1e-6, rtol=0)
+    for found, num_steps in parts:
+        torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
         assert num_steps == 4
     assert len(list(folder.iterdir())) == 2 * size
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -93,7 +92,7 @@ def edit(folder, **changes):
 
 def refusal(folder, config=CONFIG):
     with pytest.raises(StoreError) as caught:
-        load_tables(fixed.make(config), folder)
+        load_tables(make(config), folder)
     return str(caught.value)
 
 
@@ -118,7 +117,7 @@ def test_other_tables_are_refused(saved):
 
 def damaged_on_rank(rank, folder):
     try:
-        load_tables(fixed.make(CONFIG, current_group()), folder)
+        load_tables(make(CONFIG, current_group()), folder)
     except StoreError as error:
         return str(error)
 
@@ -132,7 +131,7 @@ def test_a_shard_that_one_rank_can_not_read_is_an_error_on_all(tmp_path):
 
 
 def test_a_model_steps_all_of_its_tables():
-    model = torch.nn.ModuleDict({"a": fixed.make(CONFIG), "b": dynamic.make()})
+    model = torch.nn.ModuleDict({"a": make(CONFIG), "b": make_dynamic()})
     assert len(sharded_tables(model)) == 2
     optimizer = build_optimizer(OptimConfig(), model)
 

@@ -2,43 +2,15 @@ import pytest
 import torch
 
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.models.sharded.dynamic import DynamicEmbeddings
 from loopfm_ray.models.sharded.group import current_group
-from loopfm_ray.models.sharded.id_map import IdConfig
 from loopfm_ray.models.sharded.noise import initial_rows, mix
-from loopfm_ray.models.sharded.optim import RowAdagradConfig, build_row_optimizer
 from tests.ranks import run_ranks
-
-FIELDS, DIM = ("user", "item"), 3
-
-
-def make(group=None, **settings):
-    ids = IdConfig(**{"capacity": 300, "min_sightings": 2, **settings})
-    return DynamicEmbeddings(FIELDS, DIM, build_row_optimizer(RowAdagradConfig(lr=0.5)), ids, group)
-
-
-def ids_of(step, size, rank):
-    """Return [B, 2] raw ids; they repeat in a batch and over ranks, and the last rank has none in step 1."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(12, (12, 2), generator=generator) * 7_000_000_000_000 - 10**13
-    if step == 1 and size > 1:
-        return ids if rank == 0 else ids[:0]
-    return ids[rank * 12 // size : (rank + 1) * 12 // size]
-
-
-def train(tables, rank, steps):
-    size, seen = tables.group.size, []
-    for step in steps:
-        found = tables(ids_of(step, size, rank), tables.offsets(FIELDS))
-        (found.square().sum() + found.sum()).mul(size).backward()
-        tables.step()
-        seen.append(found.detach())
-    return seen
+from tests.sharded_inputs import DIM, RAW_FIELDS, ids_of, make_dynamic, train_dynamic
 
 
 def on_rank(rank):
-    tables = make(current_group())
-    return train(tables, rank, range(5)), tables.ids.size
+    tables = make_dynamic(current_group())
+    return train_dynamic(tables, rank, range(5)), tables.ids.size
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -52,7 +24,7 @@ def test_ranks_admit_and_train_what_one_process_does(size, tmp_path):
 
 
 def test_an_id_reads_the_default_row_of_its_field_until_it_is_admitted():
-    tables = make()
+    tables = make_dynamic()
     with torch.no_grad():
         tables.default.copy_(torch.tensor([[1.0] * DIM, [2.0] * DIM]))
     ids = torch.tensor([[-5, -5]])
@@ -73,7 +45,7 @@ def test_an_id_reads_the_default_row_of_its_field_until_it_is_admitted():
 
 
 def test_a_row_of_an_evicted_id_begins_anew():
-    tables = make(capacity=1, min_sightings=1)
+    tables = make_dynamic(capacity=1, min_sightings=1)
     offsets = tables.offsets(["user"])
 
     def first_step(user):
@@ -91,14 +63,14 @@ def test_a_row_of_an_evicted_id_begins_anew():
 
 def test_a_field_that_is_not_there_is_an_error():
     with pytest.raises(ConfigError, match="'x'"):
-        make().offsets(["x"])
+        make_dynamic().offsets(["x"])
 
 
 def uneven_on_rank(rank):
-    tables = make(current_group(), min_sightings=1)
-    train(tables, rank, [0])
+    tables = make_dynamic(current_group(), min_sightings=1)
+    train_dynamic(tables, rank, [0])
     with torch.no_grad():
-        found = [tables(ids_of(0, 1, 0), tables.offsets(FIELDS)) for _ in range(1 + 2 * rank)]
+        found = [tables(ids_of(0, 1, 0), tables.offsets(RAW_FIELDS)) for _ in range(1 + 2 * rank)]
     tables.drain()
     return found
 

@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -10,56 +8,10 @@ from loopfm_ray.models.sharded.group import SoloGroup, TorchGroup, current_group
 from loopfm_ray.models.sharded.optim import RowAdagradConfig, RowAdamConfig, build_row_optimizer
 from tests.oracles.rows import DenseTables
 from tests.ranks import run_ranks
+from tests.sharded_inputs import DIM, FIELDS, batches, loss_of, make, train, weights
 
-FIELDS, DIM, NUM_STEPS = {"a": 7, "b": 5, "c": 1}, 3, 4
+NUM_STEPS = 4
 CONFIGS = (RowAdagradConfig(lr=0.3), RowAdamConfig(lr=0.1))
-
-
-def batches(size, step):
-    """Return the rows of each rank: ids [B, 3] and a sequence [B, L] of `a`; ids repeat, and rank 1 has none in step 1."""
-    generator = torch.Generator().manual_seed(step)
-
-    def draw(high, *shape):
-        return torch.randint(high, shape, generator=generator)
-
-    whole = [
-        (torch.stack([draw(high, 6) for high in FIELDS.values()], 1), draw(7, 6, 4))
-        for _ in range(2)
-    ]
-    ids, past = (torch.cat(parts) for parts in zip(*whole, strict=True))
-    cuts = [0, *range(12 // size, 12, 12 // size), 12][: size + 1]
-    cuts[-1] = 12
-    if step == 1 and size > 1:
-        cuts[2] = cuts[1]  # rank 1 has no rows
-    return [(ids[i:j], past[i:j]) for i, j in pairwise(cuts)]
-
-
-def loss_of(embedded, past):
-    scale = torch.arange(1.0, embedded.shape[1] + 1)
-    return (embedded * scale).sum() + embedded.square().sum() + past.square().sum()
-
-
-def make(config, group=None):
-    return ShardedEmbeddings(FIELDS, DIM, build_row_optimizer(config), group)
-
-
-def train(tables, rank, steps, size=None):
-    """Return the outputs of every step."""
-    size = tables.group.size if size is None else size
-    seen = []
-    for step in steps:
-        ids, past = batches(size, step)[rank]
-        embedded = tables(ids, tables.offsets(list(FIELDS)))
-        of_past = tables(past[..., None], tables.offsets(["a"]))
-        # ranks are averaged, so each loss counts as many times as there are ranks
-        (loss_of(embedded, of_past) * tables.group.size).backward()
-        tables.step(1.0 - 0.1 * step)
-        seen.append(embedded.detach())
-    return seen
-
-
-def weights(tables):
-    return torch.cat([tables.table(name) for name in FIELDS])
 
 
 def on_rank(rank, config):
