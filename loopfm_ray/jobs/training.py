@@ -312,7 +312,7 @@ class _Recorder:
     def checkpoint(self, state: TrainState) -> None:
         def fill(folder: Path) -> None:
             for index, tables in enumerate(sharded_tables(state.model)):
-                (folder / _TABLES / str(index)).mkdir(parents=True)
+                (folder / _TABLES / str(index)).mkdir(parents=True, exist_ok=True)
                 save_shard(tables, folder / _TABLES / str(index))
             if self._worker.is_first:
                 save_state(state, folder / _STATE)
