@@ -29,6 +29,7 @@ from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.models.history_inputs import HistoryInputs, LatentHistoryConfig, RawHistoryConfig
 from loopfm_ray.models.registry import VmConfig
+from loopfm_ray.models.sharded.config import EmbeddingConfig, LocalConfig, ShardedConfig
 from loopfm_ray.serving.contract import Backend
 from loopfm_ray.serving.spec import why_not_servable
 from loopfm_ray.store.filesystem import CACHE_BYTES, CACHE_DIR, Location, join, locate
@@ -150,6 +151,8 @@ class FmStageConfig(Config):
 
     model: FmConfig = FmConfig()
     learning: LearningConfig = LearningConfig(batch_rows=2048, num_workers=2)
+    embedding: EmbeddingConfig = LocalConfig()
+    """Where the rows of its embedding tables lie while it learns; the written FM is the same kind of file either way."""
     bottleneck: BottleneckConfig = BottleneckConfig()
     embedding_layers: tuple[str, ...] = Field(default=("embedding",), min_length=1)
     """The FM layers whose activations, side by side, are the FM embedding: `embedding`, `sequence`, `hidden_0`, ..."""
@@ -171,7 +174,18 @@ class FmStageConfig(Config):
     def learnt(self) -> tuple[Config | tuple[str, ...], ...]:
         """What shapes the FM's training: a bottleneck only where it is trained along."""
         along = (self.bottleneck, self.embedding_layers) if self.is_joint else ()
-        return (self.model, self.learning, *along)
+        # FMs that were trained before there was a choice keep their hash
+        tables = (self.embedding,) if self.embedding != LocalConfig() else ()
+        return (self.model, self.learning, *tables, *along)
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> "FmStageConfig":
+        if isinstance(self.embedding, ShardedConfig) and self.learning.patience is not None:
+            raise ConfigError(
+                "fm.learning.patience keeps a copy of the best weights, which sharded tables have not; found"
+                f" {self.learning.patience} with fm.embedding.kind sharded, set one of them back"
+            )
+        return self
 
 
 class FitNetsConfig(Config):

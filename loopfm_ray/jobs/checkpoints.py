@@ -30,10 +30,13 @@ class Checkpoints(Protocol):
 
 
 class RayCheckpoints:
-    """Checkpoints of the run of Ray Train that this process is a worker of; the first worker writes."""
+    """Checkpoints of the run of Ray Train that this process is a worker of.
 
-    def __init__(self, *, is_first: bool) -> None:
-        self._is_first = is_first
+    The first worker writes; with `all_write` every worker does, files of other names, which Ray puts into one folder.
+    """
+
+    def __init__(self, *, is_first: bool, all_write: bool = False) -> None:
+        self._is_first, self._all_write = is_first, all_write
 
     @contextmanager
     def latest(self, key: str) -> Iterator[Path | None]:
@@ -49,9 +52,10 @@ class RayCheckpoints:
         """Make a checkpoint and report it."""
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
-            if self._is_first:
+            if self._is_first or self._all_write:
                 fill(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
+            if checkpoint is not None and self._is_first:
                 checkpoint.set_metadata(labels)
             ray.train.report({"step": step}, checkpoint=checkpoint)
 

@@ -26,8 +26,11 @@ from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
 from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.models.joint import build_joint
+from loopfm_ray.models.sharded.config import table_factory
+from loopfm_ray.models.sharded.group import current_group
 from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.train.shards import gather_tables
 from loopfm_ray.train.weights import (
     FmSpec,
     JointBottleneck,
@@ -176,7 +179,8 @@ def _worker(config: dict[str, Any]) -> None:
     torch.manual_seed(job.settings.seed)
     item_fields = _item_fields(data) if job.config.model.has_history else ()
     schema = data.schema_as_of(job.splits.fm.stop_ts)
-    model = build_fm(job.config.model, schema, item_fields)
+    tables_of = table_factory(job.config.embedding, current_group(), job.settings.seed)
+    model = build_fm(job.config.model, schema, item_fields, tables_of)
     bottleneck, layers = job.config.bottleneck, job.config.embedding_layers
     joint = build_joint(model, bottleneck, layers) if job.config.is_joint else None
     if job.settings.parent is not None:
@@ -199,6 +203,7 @@ def _worker(config: dict[str, Any]) -> None:
         metrics_file=job.metrics_file,
     )
     report, curves = train(task, worker)
+    gather_tables(model)
     if worker.is_first:
         record = {
             "rows_per_s": report.rows_per_s * worker.world_size,

@@ -45,6 +45,7 @@ from loopfm_ray.train.loop import (
 )
 from loopfm_ray.train.optim import build_adapter_optimizer, build_optimizer
 from loopfm_ray.train.process import set_up_process
+from loopfm_ray.train.shards import load_tables, save_shard, sharded_tables
 from loopfm_ray.train.state import TrainState, load_state, save_state
 from loopfm_ray.train.step import Workers, make_adapter_step, make_objective
 from loopfm_ray.types import TimeRange
@@ -65,7 +66,7 @@ __all__ = [
     "train",
 ]
 
-_STATE = "state"
+_STATE, _TABLES = "state", "tables"
 _FINISHED = "finished"
 _BLOCK_ROWS = 65_536
 _EVAL_ROWS = 4096
@@ -159,7 +160,8 @@ def train(
     Returns:
         what the training was like, and its learning curves, which are empty but in the first worker.
     """
-    kept = RayCheckpoints(is_first=worker.is_first) if checkpoints is None else checkpoints
+    tables = sharded_tables(task.model)
+    kept = checkpoints or RayCheckpoints(is_first=worker.is_first, all_write=bool(tables))
     wrapped = ray.train.torch.prepare_model(task.model) if worker.world_size > 1 else task.model
     loop = task.learning.loop(task.plan.num_steps)
     state = TrainState(
@@ -171,6 +173,8 @@ def train(
     with kept.latest(task.key) as folder:
         if folder is not None:
             load_state(state, folder / _STATE)
+            for index, one in enumerate(tables):
+                load_tables(one, folder / _TABLES / str(index))
             recorder.restore(folder)
     global_rows = iter(
         np.tile(task.plan.global_sizes(), task.learning.epochs)[state.counters.step :]
@@ -234,7 +238,10 @@ def report_finished(keys: Sequence[str], worker: Worker) -> None:
 
 
 def _valid_metrics(task: Task) -> dict[str, float]:
-    metrics = binary_metrics(gather_predictions(task.validate()))
+    own = task.validate()
+    for tables in sharded_tables(task.model):
+        tables.drain()  # the others may have more batches
+    metrics = binary_metrics(gather_predictions(own))
     return {name: metrics[name] for name in ("ne", "auc", "logloss")}
 
 
@@ -304,8 +311,12 @@ class _Recorder:
 
     def checkpoint(self, state: TrainState) -> None:
         def fill(folder: Path) -> None:
-            save_state(state, folder / _STATE)
-            write_curves(folder, self.curves)
+            for index, tables in enumerate(sharded_tables(state.model)):
+                (folder / _TABLES / str(index)).mkdir(parents=True, exist_ok=True)
+                save_shard(tables, folder / _TABLES / str(index))
+            if self._worker.is_first:
+                save_state(state, folder / _STATE)
+                write_curves(folder, self.curves)
 
         labels = {KEY: self._key, _FINISHED: self._finished}
         self._checkpoints.keep(fill, labels, state.counters.step)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from loopfm_ray.data.collate import Batch
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.models.embeddings import FieldEmbeddings
+from loopfm_ray.models.embeddings import EmbeddingTables, FieldEmbeddings, TableFactory
 from loopfm_ray.models.layers import masked_mean
 
 __all__ = ["FeatureInput", "FieldParts"]
@@ -37,12 +37,14 @@ class FeatureInput(nn.Module):
     Embedded ids first, then the mean embedding of each sequence, then the numbers. A schema may lack any of these.
     """
 
-    def __init__(self, schema: FeatureSchema, embed_dim: int) -> None:
+    def __init__(
+        self, schema: FeatureSchema, embed_dim: int, tables_of: TableFactory = FieldEmbeddings
+    ) -> None:
         super().__init__()
         tables = (*schema.categorical, *schema.sequences)
         if not tables and not schema.numeric:
             raise ConfigError("a model needs at least one field, found none; check its fields")
-        self.embeddings = FieldEmbeddings(
+        self.embeddings: EmbeddingTables = tables_of(
             {field.name: field.cardinality for field in tables}, embed_dim
         )
         self.sequence_names = tuple(field.name for field in schema.sequences)

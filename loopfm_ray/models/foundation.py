@@ -12,6 +12,7 @@ from loopfm_ray.config import Config
 from loopfm_ray.data.collate import Batch
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.errors import ConfigError
+from loopfm_ray.models.embeddings import FieldEmbeddings, TableFactory
 from loopfm_ray.models.features import FeatureInput
 from loopfm_ray.models.histories import (
     AttentionConfig,
@@ -165,7 +166,10 @@ class FoundationModel(nn.Module):
 
 
 def build_fm(
-    config: FmConfig, schema: FeatureSchema, item_fields: Sequence[str] = ()
+    config: FmConfig,
+    schema: FeatureSchema,
+    item_fields: Sequence[str] = (),
+    tables_of: TableFactory = FieldEmbeddings,
 ) -> FoundationModel:
     """Build the FM of a schema.
 
@@ -173,11 +177,12 @@ def build_fm(
         config: widths and parts.
         schema: fields and tasks; its cardinalities size the tables.
         item_fields: the columns of `History.item_ids` in the raw history; empty when there is none.
+        tables_of: makes the embedding tables.
 
     Raises:
         ConfigError: a history field is not among `item_fields`.
     """
-    features = FeatureInput(schema, config.embed_dim)
+    features = FeatureInput(schema, config.embed_dim, tables_of)
     events = encoder = None
     if config.has_history and item_fields:
         events = RawEvents(

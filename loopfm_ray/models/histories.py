@@ -11,7 +11,7 @@ from loopfm_ray.config import Config
 from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.errors import ConfigError, ShapeError
 from loopfm_ray.models.ages import NUM_AGE_FEATURES, age_features
-from loopfm_ray.models.embeddings import FieldEmbeddings
+from loopfm_ray.models.embeddings import EmbeddingTables
 from loopfm_ray.models.layers import TargetAttention, masked_mean, masked_sum
 from loopfm_ray.models.sequences import AugruBody, DinBody, GruBody, TransformerBody
 
@@ -182,7 +182,7 @@ class RawEvents(nn.Module):
 
     def __init__(
         self,
-        embeddings: FieldEmbeddings,
+        embeddings: EmbeddingTables,
         item_fields: Sequence[str],
         fields: Sequence[str],
         out_dim: int | None,
@@ -210,7 +210,7 @@ class RawEvents(nn.Module):
     columns: Tensor
     offsets: Tensor
 
-    def forward(self, embeddings: FieldEmbeddings, item_ids: Tensor | None) -> Tensor:
+    def forward(self, embeddings: EmbeddingTables, item_ids: Tensor | None) -> Tensor:
         """Return [G, L, out_dim] from item_ids [G, L, F_item].
 
         Raises:

@@ -13,7 +13,7 @@ from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.data.joined import EVENT_TYPE, LABEL, source_of
 from loopfm_ray.errors import ConfigError, ShapeError
 from loopfm_ray.models.ages import NUM_AGE_FEATURES, age_features
-from loopfm_ray.models.embeddings import FieldEmbeddings
+from loopfm_ray.models.embeddings import EmbeddingTables
 from loopfm_ray.models.histories import (
     AttentionConfig,
     EncoderConfig,
@@ -219,7 +219,7 @@ class _Input(nn.Module):
         )
         self.out_dim = self.encoder.out_dim
 
-    def forward(self, query: Tensor, batch: Batch, embeddings: FieldEmbeddings) -> Tensor:
+    def forward(self, query: Tensor, batch: Batch, embeddings: EmbeddingTables) -> Tensor:
         """Return [B, out_dim]."""
         history = newest_events(need_history(batch, self.source), self.max_len)
         if self.events is None:
@@ -256,7 +256,7 @@ class HistoryReader(nn.Module):
         encoder: HistoryEncoder = self.inputs[self.names.index(name)].encoder  # type: ignore[assignment]  # an _Input
         return encoder
 
-    def forward(self, fields: Tensor, batch: Batch, embeddings: FieldEmbeddings) -> Tensor:
+    def forward(self, fields: Tensor, batch: Batch, embeddings: EmbeddingTables) -> Tensor:
         """Return [B, out_dim].
 
         Args:
@@ -279,7 +279,7 @@ class HistoryReader(nn.Module):
 
 def build_history_reader(
     config: HistoryInputs,
-    embeddings: FieldEmbeddings,
+    embeddings: EmbeddingTables,
     query_dim: int,
     stored: StoredWidths,
 ) -> HistoryReader:
@@ -301,7 +301,7 @@ def build_history_reader(
 def _build_input(
     name: str,
     config: LatentHistoryConfig | RawHistoryConfig,
-    embeddings: FieldEmbeddings,
+    embeddings: EmbeddingTables,
     query_dim: int,
     stored: StoredWidths,
 ) -> _Input:

@@ -14,6 +14,7 @@ from loopfm_ray.data.collate import Batch
 from loopfm_ray.errors import DataError
 from loopfm_ray.metrics.binary import BinarySums
 from loopfm_ray.train.optim import OptimConfig, rate_factor, set_rate
+from loopfm_ray.train.shards import sharded_tables
 from loopfm_ray.train.state import TrainState
 from loopfm_ray.train.step import Objective, StepLoss
 
@@ -144,6 +145,7 @@ class _Run:
     ) -> None:
         self.state, self.config, self.total_steps, self.hooks = state, config, total_steps, hooks
         self.first_step, self.first_rows = state.counters.step, state.counters.num_rows
+        self.tables = sharded_tables(state.model)
         self.evaluations: list[Evaluation] = []
         self.pending: list[StepLoss] = []
         self.seconds = self.reported_seconds = 0.0
@@ -153,12 +155,15 @@ class _Run:
         started = time.perf_counter()
         state, counters, config = self.state, self.state.counters, self.config
         state.model.train()
-        set_rate(state.optimizer, rate_factor(config.optim, counters.step, self.total_steps))
+        factor = rate_factor(config.optim, counters.step, self.total_steps)
+        set_rate(state.optimizer, factor)
         self.hooks.before_step(batch)
         state.optimizer.zero_grad(set_to_none=True)
         loss = objective(batch)
         loss.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         state.optimizer.step()
+        for tables in self.tables:
+            tables.step(factor)
         counters.step += 1
         counters.num_rows += len(loss.label)
         self.pending.append(StepLoss(loss.total.detach(), loss.logit, loss.label))

@@ -15,6 +15,7 @@ from loopfm_ray.errors import LoopFMError, StoreError
 from loopfm_ray.models.bottleneck import Bottleneck, BottleneckConfig, build_bottleneck
 from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.foundation import FmConfig, FoundationModel, build_fm
+from loopfm_ray.models.sharded.embeddings import ShardedEmbeddings
 from loopfm_ray.store.cache import open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest, commit, stage, verify
@@ -208,7 +209,7 @@ def adopt_weights(model: FoundationModel, parent: FoundationModel) -> None:
     with torch.no_grad():
         for name, module in model.named_modules():
             source = old.get(name)
-            if isinstance(module, FieldEmbeddings):
+            if isinstance(module, FieldEmbeddings | ShardedEmbeddings):
                 if not isinstance(source, FieldEmbeddings) or not module.adopt(source):
                     raise StoreError(
                         f"the FM to begin with does not fit: its tables {name!r} have other fields, another width or more"

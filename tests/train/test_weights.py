@@ -6,11 +6,14 @@ import torch
 from loopfm_ray.errors import StoreError
 from loopfm_ray.models.embeddings import FieldEmbeddings
 from loopfm_ray.models.foundation import FmConfig, build_fm
+from loopfm_ray.models.sharded.config import ShardedConfig, table_factory
+from loopfm_ray.models.sharded.group import SoloGroup
+from loopfm_ray.train.shards import gather_tables
 from loopfm_ray.train.weights import adopt_weights
 from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
 
 
-def build(known, **changed):
+def build(known, tables_of=FieldEmbeddings, **changed):
     """An FM that knows so many items."""
     fields = [
         replace(field, cardinality=known) if field.name == "item" else field
@@ -18,7 +21,7 @@ def build(known, **changed):
     ]
     schema = replace(SCHEMA, fields=tuple(fields))
     config = FmConfig(embed_dim=4, history_dim=6, hidden=(8, 5)).model_copy(update=changed)
-    return build_fm(config, schema, ITEM_FIELDS).eval()
+    return build_fm(config, schema, ITEM_FIELDS, tables_of).eval()
 
 
 def test_an_fm_begins_with_the_weights_of_one_that_knew_fewer_items():
@@ -35,6 +38,16 @@ def test_an_fm_begins_with_the_weights_of_one_that_knew_fewer_items():
     new_rows = table.table("item")[11:]
     start = table.offsets(["item"])[0] + 11
     assert torch.equal(new_rows, fresh[name][start : start + 4])
+
+
+def test_an_fm_with_sharded_tables_begins_with_those_of_a_written_one():
+    parent = build(11)
+    model = build(15, table_factory(ShardedConfig(), SoloGroup(), 0))
+    batch = make_batch()
+    adopt_weights(model, parent)
+    torch.testing.assert_close(model(batch).logit, parent(batch).logit, atol=1e-6, rtol=0)
+    gather_tables(model)
+    torch.testing.assert_close(model(batch).logit, parent(batch).logit, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
