@@ -100,6 +100,7 @@ def test_ranks_of_workers_are_those_of_one_process(cluster):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_experiment_uses_the_workers_that_it_is_given(cluster, tmp_path):
     folder, graph = tmp_path / "ring", ring()
