@@ -158,7 +158,8 @@ def stream_headline(
     """Return the figures of progressive metrics that stand at the top of a stream's summary.
 
     `ne_gain_by_method`: by arm, the mean over verticals and seeds of `1 - NE / NE of the baseline arm`;
-    `ne_gain_<best>_over_kd`: the same of the best arm over the KD arm, and `max_p_ne_<best>_over_kd` the largest p of a vertical;
+    `ne_gain_<best>_over_kd`: the same of the best arm over the KD arm, `p_ne_gain_<best>_over_kd` the p of its mean over the verticals,
+    one number a seed, and `max_p_ne_<best>_over_kd` the largest p of a vertical;
     `calibration_by_method`: by arm and vertical, the mean prediction over the mean label (mean over seeds), `fm` being the FM's
     own.
     """
@@ -167,17 +168,18 @@ def stream_headline(
     models = list(dict.fromkeys(tree["model"] for tree in mine))
     arms = list(dict.fromkeys(tree["arm"] for tree in mine))
 
-    def gain(arm: str, over: str) -> float:
-        gains = [
-            relative_gain(
-                by_place[model, over]["per_seed"][seed]["ne"], test["ne"], is_lower_better=True
-            )
-            for model in models
-            for seed, test in by_place[model, arm]["per_seed"].items()
-        ]
-        return statistics.fmean(gains)
+    def gains(arm: str, over: str) -> list[float]:
+        """Return by seed the mean over the verticals."""
+        by_seed: dict[str, list[float]] = {}
+        for model in models:
+            for seed, test in by_place[model, arm]["per_seed"].items():
+                before = by_place[model, over]["per_seed"][seed]["ne"]
+                gain = relative_gain(before, test["ne"], is_lower_better=True)
+                by_seed.setdefault(seed, []).append(gain)
+        return [statistics.fmean(found) for found in by_seed.values()]
 
     best, kd = roles.best, roles.kd
+    over_kd = gains(best, kd)
     versus = [by_place[model, best].get(f"vs_{kd}") for model in models]
     ps = [item["ne"]["p"] for item in versus if item is not None]
     calibration: dict[str, dict[str, float]] = {
@@ -192,9 +194,10 @@ def stream_headline(
         for tree in first
     }
     return {
-        f"ne_gain_{best}_over_kd": gain(best, kd),
+        f"ne_gain_{best}_over_kd": statistics.fmean(over_kd),
+        f"p_ne_gain_{best}_over_kd": paired_test(over_kd, [0.0] * len(over_kd)).p,
         f"max_p_ne_{best}_over_kd": _largest(ps),
-        "ne_gain_by_method": {arm: gain(arm, roles.baseline) for arm in arms},
+        "ne_gain_by_method": {arm: statistics.fmean(gains(arm, roles.baseline)) for arm in arms},
         "calibration_by_method": calibration,
     }
 

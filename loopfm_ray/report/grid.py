@@ -139,8 +139,12 @@ def headline(summary: Mapping[str, Any]) -> str:
     if by_ne is not None:
         verticals = len({cell["model"] for cell in summary["cells"]})
         largest = words.format_small(summary.get(f"max_p_ne_{roles['best']}_over_kd"))
+        over_seeds = words.format_small(summary.get(f"p_ne_gain_{roles['best']}_over_kd"))
         gained = words.format_share(by_ne, 2, signed=True)
-        return f"{best} over {kd}: {gained} progressive NE, mean of {verticals} verticals, largest p {largest}"
+        return (
+            f"{best} over {kd}: {gained} progressive NE, mean of {verticals} verticals (p {over_seeds} over the seeds),"
+            f" largest p of a vertical {largest}"
+        )
     gain = summary.get("relative_auc_gain_over_kd")
     if gain is None:
         return f"{best} and {kd} are compared"

@@ -1,4 +1,5 @@
 import pytest
+from scipy.stats import ttest_1samp
 
 from loopfm_ray.analysis.cells import (
     Cell,
@@ -155,6 +156,8 @@ def test_a_stream_is_summed_up_by_method_and_vertical():
     over_kd = [0.08 / 0.88, 0.10 / 0.91, 0.08 / 0.98, 0.10 / 1.01]
     assert found["ne_gain_best_over_kd"] == pytest.approx(sum(over_kd) / 4)
     assert 0 < found["max_p_ne_best_over_kd"] < 1
+    of_seeds = [(over_kd[0] + over_kd[2]) / 2, (over_kd[1] + over_kd[3]) / 2]
+    assert found["p_ne_gain_best_over_kd"] == pytest.approx(ttest_1samp(of_seeds, 0).pvalue)
     assert found["calibration_by_method"]["best"] == pytest.approx({"a": 1.05, "b": 1.15})
     assert found["calibration_by_method"]["fm"] == pytest.approx({"a": 1.2, "b": 1.3})
     # the transfer ratio of a vertical is of the FM on its own rows

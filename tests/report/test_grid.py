@@ -118,6 +118,7 @@ def stream_summary():
     return {
         **summary,
         "ne_gain_kd_loopfm_over_kd": 0.0461,
+        "p_ne_gain_kd_loopfm_over_kd": 0.012,
         "max_p_ne_kd_loopfm_over_kd": 0.0004,
         "ne_gain_by_method": arms,
         "calibration_by_method": {arm: {"deepfm": 1.01, "din": 0.98} for arm in (*arms, "fm")},
@@ -127,7 +128,8 @@ def stream_summary():
 def test_a_stream_shows_its_gains_and_its_calibration():
     summary = stream_summary()
     assert headline(summary) == (
-        "VM + KD + LoopFM over VM + KD: +4.61 % progressive NE, mean of 2 verticals, largest p 4.0 × 10⁻⁴"
+        "VM + KD + LoopFM over VM + KD: +4.61 % progressive NE, mean of 2 verticals (p 1.2 × 10⁻² over the seeds), largest p of a"
+        " vertical 4.0 × 10⁻⁴"
     )
     page = render_grid(summary)
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
