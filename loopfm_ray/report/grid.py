@@ -39,7 +39,7 @@ _OTHER_COLOURS = (
     "#2563eb",
     "#78716c",
 )
-_COLUMNS = ("NE", "AUC", "AUC gain", "over KD", "p", "Transfer ratio", "first", "short", "long")
+_COLUMNS = ("NE", "AUC", "AUC gain", "over KD", "p", "Transfer ratio")
 _SLICES = ("first", "short", "long")
 
 
@@ -85,7 +85,7 @@ def render_grid(summary: Mapping[str, Any]) -> str:
         words=words,
         headline=headline(summary),
         tiles=_tiles(summary),
-        columns=_COLUMNS,
+        columns=(*_COLUMNS, *_slices(summary)),
         variants={name: _lines(summary, name) for name in _variants(summary)},
         fm=_fm_lines(summary),
         probes=_probe_lines(summary),
@@ -105,9 +105,10 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     _check(summary)
     parts = [f"**{headline(summary)}**", "", *stream_tables(summary, pretty_arm)]
     for name in _variants(summary):
-        head = ("model", "arm", *(column for column in _COLUMNS))
+        columns = (*_COLUMNS, *_slices(summary))
+        head = ("model", "arm", *columns)
         parts += [f"Variant `{name}`, mean of {len(summary['seeds'])} seeds (± sd):", ""]
-        parts += [markdown_row(head), markdown_row(["---"] * 2 + ["---:"] * len(_COLUMNS))]
+        parts += [markdown_row(head), markdown_row(["---"] * 2 + ["---:"] * len(columns))]
         for line in _lines(summary, name):
             cells = [
                 f"{text} ± {spread}" if spread else text
@@ -174,6 +175,13 @@ def _variants(summary: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["variant"] for cell in summary["cells"]))
 
 
+def _slices(summary: Mapping[str, Any]) -> list[str]:
+    """Return the parts of the test window that were measured; a stream measures none."""
+    return [
+        one for one in _SLICES if any(one in cell.get("slices", {}) for cell in summary["cells"])
+    ]
+
+
 def _lines(summary: Mapping[str, Any], variant: str) -> list[Line]:
     colours = _colours(summary)
     return [
@@ -194,7 +202,7 @@ def _line(cell: Json, summary: Mapping[str, Any], colour: str) -> Line:
         "" if kd is None else words.format_share(kd["auc_relative"], 1, signed=True),
         "" if kd is None else words.format_small(kd["auc"]["p"]),
         words.format_share(cell["transfer_ratio"]),
-        *(words.format_number(slices[s]["auc"]) if s in slices else "" for s in _SLICES),
+        *(words.format_number(slices[s]["auc"]) if s in slices else "" for s in _slices(summary)),
     )
     spreads = tuple(
         words.format_number(sd[name]) if name in sd else "" for name in ("ne", "auc")

@@ -125,6 +125,18 @@ def stream_summary():
     }
 
 
+def test_parts_of_the_test_window_that_nobody_measured_have_no_column():
+    summary = grid_summary()
+    assert "| Transfer ratio | first |\n" in render_markdown(summary)
+    for cell in summary["cells"]:
+        cell["slices"] = {}
+    text = render_markdown(summary)
+    assert "| p | Transfer ratio |\n" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| model", "| deepfm"))]
+    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
+    assert "short and long" not in render_grid(summary)
+
+
 def test_a_stream_shows_its_gains_and_its_calibration():
     summary = stream_summary()
     assert headline(summary) == (
