@@ -1,5 +1,7 @@
 """Small schemas and random batches for the tests of models and training."""
 
+from dataclasses import replace
+
 import torch
 
 from loopfm_ray.data.collate import Batch, History
@@ -81,4 +83,16 @@ def make_batch(num_rows=12, schema=SCHEMA, seed=0, lengths=(3, 0, 5)):
         label=torch.randint(0, 2, (num_rows, len(schema.tasks)), generator=generator).float(),
         teacher_prob=torch.rand(num_rows, generator=generator),
         teacher_latent=torch.rand(num_rows, LATENT_DIM, generator=generator) * 2 - 1,
+    )
+
+
+def take_rows(batch, rows):
+    """Some rows of a batch, in the order asked, each with its histories; what the teacher says stays as it is."""
+    return replace(
+        batch,
+        ids=batch.ids[rows],
+        numeric=batch.numeric[rows],
+        sequences={name: ids[rows] for name, ids in batch.sequences.items()},
+        histories={name: replace(one, row=one.row[rows]) for name, one in batch.histories.items()},
+        label=batch.label[rows],
     )

@@ -24,6 +24,7 @@ from loopfm_ray.models.sharded.embeddings import ShardedEmbeddings
 from loopfm_ray.models.sharded.exchange import agree
 from loopfm_ray.models.sharded.group import Group
 from loopfm_ray.models.sharded.id_map import IdEntries
+from loopfm_ray.models.sharded.shard import Shard
 from loopfm_ray.store.format import digest
 from loopfm_ray.store.manifest import disk_errors, recover, sync
 
@@ -219,10 +220,7 @@ def _load_rows(tables: ShardedEmbeddings, file: _ShardFile, values: dict[str, Te
     group, shard = tables.group, tables.shard
     keys = torch.arange(file.num_rows) * file.world_size + file.rank
     own = (keys % group.size == group.rank).nonzero().flatten()
-    rows = (keys[own] // group.size).to(shard.table.device)
-    shard.table[rows] = values["table"][own].to(shard.table.device)
-    for name, value in shard.state.items():
-        value[rows] = values[_STATE + name][own].to(value.device)
+    shard.restore(keys[own] // group.size, *_taken(shard, values, own))
 
 
 def _load_dynamic(tables: DynamicEmbeddings, parts: list[dict[str, Tensor]]) -> None:
@@ -238,10 +236,14 @@ def _load_dynamic(tables: DynamicEmbeddings, parts: list[dict[str, Tensor]]) -> 
         entries[kind] = (IdEntries(*taken), own)
     places = tables.restore(entries["members"][0], entries["waiting"][0])
     own = entries["members"][1][places >= 0]
-    rows = places[places >= 0].to(shard.table.device)
-    shard.table[rows] = values["table"][own].to(shard.table.device)
-    for name, value in shard.state.items():
-        value[rows] = values[_STATE + name][own].to(value.device)
+    shard.restore(places[places >= 0], *_taken(shard, values, own))
+
+
+def _taken(
+    shard: Shard, values: dict[str, Tensor], own: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the rows `own` of a written shard, and their state."""
+    return values["table"][own], {name: values[_STATE + name][own] for name in shard.state}
 
 
 @contextmanager

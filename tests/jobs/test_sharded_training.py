@@ -1,7 +1,6 @@
 """The training program with sharded tables on two ranks, without a cluster: checkpoints, a resume, and uneven validation."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,7 @@ from loopfm_ray.models.sharded.group import current_group
 from loopfm_ray.train.evaluate import predict
 from loopfm_ray.train.optim import OptimConfig
 from loopfm_ray.train.shards import gather_tables
-from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
+from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch, take_rows
 from tests.ranks import run_ranks
 
 NUM_ROWS, NUM_STEPS = 12, 4
@@ -38,17 +37,6 @@ class SharedFolder:
             fill(self.folder)
 
 
-def rows_of(batch, rows):
-    return replace(
-        batch,
-        ids=batch.ids[rows],
-        numeric=batch.numeric[rows],
-        sequences={name: ids[rows] for name, ids in batch.sequences.items()},
-        histories={name: replace(one, row=one.row[rows]) for name, one in batch.histories.items()},
-        label=batch.label[rows],
-    )
-
-
 def train_on_rank(rank, folder):
     group = current_group()
     training._batches = lambda task, worker: range(NUM_STEPS)
@@ -68,7 +56,7 @@ def train_on_rank(rank, folder):
             num_steps=NUM_STEPS, global_sizes=lambda: np.full(NUM_STEPS, NUM_ROWS)
         ),
         blocks=None,
-        collate=lambda seed: rows_of(make_batch(NUM_ROWS, seed=seed), own),
+        collate=lambda seed: take_rows(make_batch(NUM_ROWS, seed=seed), own),
         validate=lambda: predict(model, [(np.arange(NUM_ROWS), batch)] * (1 + rank)),
         seed=0,
         key="fm",

@@ -1,18 +1,16 @@
 """Two processes on gloo that train one model: what they learn is what one learns, and a killed training goes on to the same bits."""
 
-import traceback
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 
 from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge.models import read_kge_config
 from loopfm_ray.kge.processes import Peer, part_of
 from loopfm_ray.kge.training import check_workers
 from tests.kge.test_training import config_of, fit
+from tests.ranks import run_ranks
 
 CSD = {"begin_epoch": 1, "ramp_epochs": 2, "num_candidates": 5}
 NUM = 2
@@ -62,43 +60,31 @@ def cut(epoch, loss):
 
 def peer(rank, folder):
     """Train every case in one of the processes, and one that is cut and goes on."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=NUM
+    process = Peer(rank, NUM)
+    found = {case: trained(case, process=process) for case in CASES}
+    found["single"] = fit("complex", process=process, **CUT).model.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        fit("complex", folder / "state.pt", cut, process=process, **CUT)
+    torch.distributed.barrier()
+    epochs = []
+    rest = fit(
+        "complex",
+        folder / "state.pt",
+        lambda epoch, _: epochs.append(epoch),
+        process=process,
+        **CUT,
     )
-    process, found = Peer(rank, NUM), {}
-    try:
-        for case in CASES:
-            found[case] = trained(case, process=process)
-        found["single"] = fit("complex", process=process, **CUT).model.state_dict()
-        with pytest.raises(KeyboardInterrupt):
-            fit("complex", folder / "state.pt", cut, process=process, **CUT)
-        torch.distributed.barrier()
-        epochs = []
-        rest = fit(
-            "complex",
-            folder / "state.pt",
-            lambda epoch, _: epochs.append(epoch),
-            process=process,
-            **CUT,
-        )
-        found["rest"], found["epochs"] = rest.model.state_dict(), epochs
-        rows = torch.arange(3 * rank + 1)
-        found["gathered"] = [process.gather(rows), process.gather(rows[: 3 * rank])]
-    except BaseException:
-        found["error"] = traceback.format_exc()
-        raise
-    finally:
-        torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    found["rest"], found["epochs"] = rest.model.state_dict(), epochs
+    rows = torch.arange(3 * rank + 1)
+    found["gathered"] = [process.gather(rows), process.gather(rows[: 3 * rank])]
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What the processes found, by rank."""
     folder = tmp_path_factory.mktemp("peers")
-    torch.multiprocessing.spawn(peer, (folder,), nprocs=NUM)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(NUM)]
+    return run_ranks(NUM, peer, folder, folder)
 
 
 @pytest.mark.timeout(300)

@@ -1,6 +1,5 @@
 """A bottleneck that is trained along with an FM: the FM does not notice, the bottleneck learns, workers make no difference."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from loopfm_ray.train.loop import Hooks, LoopConfig, fit
 from loopfm_ray.train.optim import OptimConfig, build_optimizer
 from loopfm_ray.train.state import TrainState, load_state, save_state
 from loopfm_ray.train.step import Workers, make_objective
-from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
+from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch, take_rows
 
 LAYERS = ("embedding", "hidden_0")
 SMALL = BottleneckConfig(
@@ -176,18 +175,6 @@ def test_the_bottleneck_learns_at_its_own_rate_without_decay():
     assert (groups[0]["full_lr"], groups[0]["weight_decay"]) == (0.02, 0.0)
 
 
-def take(batch, rows):
-    histories = {n: replace(h, row=h.row[rows]) for n, h in batch.histories.items()}
-    return replace(
-        batch,
-        ids=batch.ids[rows],
-        numeric=batch.numeric[rows],
-        sequences={n: ids[rows] for n, ids in batch.sequences.items()},
-        histories=histories,
-        label=batch.label[rows],
-    )
-
-
 SHARES = (slice(0, 3), slice(3, None))
 
 
@@ -208,7 +195,7 @@ def train_as_worker(rank, folder):
         rows = iter([float(len(batch.label)) for batch in batches(6)])
         workers = Workers(2, lambda _, rows=rows: next(rows))
         objective = make_objective(DistributedDataParallel(state.model), workers=workers)
-        fit(state, [take(batch, SHARES[rank]) for batch in batches(6)], objective, LOOP, 6)
+        fit(state, [take_rows(batch, SHARES[rank]) for batch in batches(6)], objective, LOOP, 6)
         torch.save(state.model.state_dict(), Path(folder) / f"{name}_{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -7,7 +7,7 @@ from loopfm_ray.errors import ConfigError, ShapeError
 from loopfm_ray.models.dnn import DnnConfig
 from loopfm_ray.models.histories import AttentionConfig, PoolConfig
 from loopfm_ray.models.registry import build_vm
-from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch
+from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch, take_rows
 
 
 def build(seed=0, **history):
@@ -69,15 +69,7 @@ def test_latents_take_a_prefix():
 def test_row_order_changes_nothing(kind, encoder):
     model, batch = build(kind=kind, encoder=encoder), make_batch()
     order = torch.randperm(12)
-    histories = {n: replace(h, row=h.row[order]) for n, h in batch.histories.items()}
-    shuffled = replace(
-        batch,
-        ids=batch.ids[order],
-        numeric=batch.numeric[order],
-        sequences={name: ids[order] for name, ids in batch.sequences.items()},
-        histories=histories,
-    )
-    torch.testing.assert_close(model(shuffled), model(batch)[order])
+    torch.testing.assert_close(model(take_rows(batch, order)), model(batch)[order])
 
 
 def test_the_label_and_the_teacher_are_not_read():

@@ -15,7 +15,7 @@ from loopfm_ray.train.loop import Hooks, LoopConfig, Progress, fit, progress_rec
 from loopfm_ray.train.optim import OptimConfig, build_optimizer
 from loopfm_ray.train.state import TrainState, load_state, save_state
 from loopfm_ray.train.step import Workers, make_objective
-from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch
+from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories, make_batch, take_rows
 
 OPTIM = OptimConfig(lr=0.01, warmup_steps=2)
 
@@ -184,18 +184,9 @@ def test_workers_share_a_batch_exactly():
     expected = {n: p.grad.clone() for n, p in whole.model.named_parameters()}
     total = {name: torch.zeros_like(grad) for name, grad in expected.items()}
     for rows in (slice(0, 3), slice(3, 12)):
-        histories = {n: replace(h, row=h.row[rows]) for n, h in batch.histories.items()}
-        shard = replace(
-            batch,
-            ids=batch.ids[rows],
-            numeric=batch.numeric[rows],
-            sequences={n: ids[rows] for n, ids in batch.sequences.items()},
-            histories=histories,
-            label=batch.label[rows],
-        )
         part = make_state(dropout=0.0)
         workers = Workers(world_size=2, count_rows=lambda _: 12.0)
-        make_objective(part.model, workers=workers)(shard).total.backward()
+        make_objective(part.model, workers=workers)(take_rows(batch, rows)).total.backward()
         for name, parameter in part.model.named_parameters():
             total[name] += parameter.grad / 2
     for name, grad in expected.items():

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from loopfm_ray.train.optim import OptimConfig, build_optimizer
 from loopfm_ray.train.shards import gather_tables, load_tables, save_tables, sharded_tables
 from loopfm_ray.train.state import TrainState
 from loopfm_ray.train.step import StepLoss, Workers, make_objective
-from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch
+from tests.model_inputs import ITEM_FIELDS, SCHEMA, make_batch, take_rows
 from tests.ranks import run_ranks
 from tests.sharded_inputs import make, make_dynamic, train, train_dynamic, weights
 
@@ -143,17 +142,6 @@ def test_a_model_steps_all_of_its_tables():
     assert [tables.num_steps for tables in sharded_tables(model)] == [2, 2]
 
 
-def rows_of(batch, rows):
-    return replace(
-        batch,
-        ids=batch.ids[rows],
-        numeric=batch.numeric[rows],
-        sequences={name: ids[rows] for name, ids in batch.sequences.items()},
-        histories={name: replace(one, row=one.row[rows]) for name, one in batch.histories.items()},
-        label=batch.label[rows],
-    )
-
-
 def train_fm_on_rank(rank, num_rows):
     """Train three steps, rank 0 with a third of the rows; return the weights of the FM with local tables."""
     torch.manual_seed(0)
@@ -169,7 +157,7 @@ def train_fm_on_rank(rank, num_rows):
     objective = make_objective(wrapped, workers=workers)
     thirds = {1: [slice(None)], 2: [slice(num_rows // 3), slice(num_rows // 3, None)]}
     own = thirds[group.size][rank]
-    batches = [rows_of(make_batch(num_rows, seed=seed), own) for seed in range(3)]
+    batches = [take_rows(make_batch(num_rows, seed=seed), own) for seed in range(3)]
     fit(state, batches, objective, LoopConfig(optim=optim), 3)
     gather_tables(model)
     assert not sharded_tables(model)

@@ -46,11 +46,8 @@ class DynamicEmbeddings(nn.Module):
         noise: RowNoise | None = None,
     ) -> None:
         super().__init__()
-        self.layout, self.dim, self.group = (
-            TableLayout(dict.fromkeys(fields, 1)),
-            dim,
-            group or SoloGroup(),
-        )
+        self.layout = TableLayout(dict.fromkeys(fields, 1))
+        self.dim, self.group = dim, group or SoloGroup()
         self.noise = noise or RowNoise()
         capacity = -(-ids.capacity // self.group.size)
         self.ids = IdMap(ids, capacity)

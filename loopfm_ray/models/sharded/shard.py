@@ -1,6 +1,6 @@
 """The rows of a table that one rank owns, the state of their optimizer, and gradients until the next step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,13 @@ class Shard:
         write_rows(self.table, rows, values.to(self.table.device))
         for name, value in self.state.items():
             value[rows] = self.begins[name]
+
+    def restore(self, rows: Tensor, values: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Set rows [m] to the values [m, D] and the state that they had."""
+        rows = rows.to(self.table.device)
+        self.table[rows] = values.to(self.table.device)
+        for name, value in self.state.items():
+            value[rows] = state[name].to(value.device)
 
     def read(self, rows: Tensor) -> Tensor:
         """Return [m, D] rows; zeros for -1."""
