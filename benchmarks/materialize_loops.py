@@ -37,9 +37,13 @@ COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event")
 
 
 def serial(
-    task: job.MaterializeTask, items: Sequence[Mapping[str, Any]], *_: object, **__: object
+    tasks: Sequence[job.MaterializeTask],
+    items: Sequence[Mapping[str, Any]],
+    *_: object,
+    **__: object,
 ) -> None:
     """Do the shards of a job in this process, in place of its Ray Data program."""
+    [task] = tasks
     worker = job.ShardEmbedder(task)
     for item in items:
         worker(item)

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # threads of several test processes wait for each other; torch, which is not loaded yet, reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # shared machines stall: a slow example is no failure
 settings.register_profile("loopfm", deadline=None)
 settings.load_profile("loopfm")

@@ -148,7 +148,7 @@ def train_on_ray(
         run_config=run_config(job.folder, "train"),
     )
     try:
-        with watch(job.metrics_file, job.stage, progress):
+        with watch({job.metrics_file: job.stage}, progress):
             result = trainer.fit()
     except Exception as error:  # the edge to Ray: every failure becomes one of ours
         raise unwrap(error, job.stage) from error

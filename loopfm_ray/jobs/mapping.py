@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,27 +29,44 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def watch(metrics_file: Path, stage: str, progress: Progress) -> Iterator[None]:
-    """Report the last step in a training's metrics file as progress, once a second, inside the block."""
+def watch(metrics_files: Mapping[Path, str], progress: Progress) -> Iterator[None]:
+    """Report the last step in the metrics files of trainings as progress, once a second, inside the block.
+
+    Args:
+        metrics_files: what each training is called, by its file; they are trained in this order.
+        progress: is told.
+    """
     stop = threading.Event()
 
     def follow() -> None:
+        told: dict[str, int] = {}
         while not stop.wait(1.0):
-            if metrics_file.is_file():
-                *_, last = metrics_file.read_text(encoding="utf-8").splitlines() or [""]
-                if last.endswith("}"):
-                    point = json.loads(last)
+            for metrics_file, stage in metrics_files.items():
+                point = _last_point(metrics_file)
+                if point is not None and told.get(stage) != point["step"]:
+                    told[stage] = point["step"]
                     progress(stage, point["step"], point["total"])
 
     thread = threading.Thread(target=follow, daemon=True)
-    progress(stage, 0, 1)
+    progress(next(iter(metrics_files.values())), 0, 1)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-    progress(stage, 1, 1)
+    for stage in metrics_files.values():
+        progress(stage, 1, 1)
+
+
+def _last_point(metrics_file: Path) -> dict[str, Any] | None:  # Any: JSON
+    if not metrics_file.is_file():
+        return None
+    *_, last = metrics_file.read_text(encoding="utf-8").splitlines() or [""]
+    if not last.endswith("}"):
+        return None
+    point: dict[str, Any] = json.loads(last)
+    return point
 
 
 def on_this_node() -> dict[str, Any]:  # Any: Ray ships no types

@@ -1,6 +1,6 @@
 """Embed and score every event later than a snapshot, once: a Ray Data job that writes one shard for each input file.
 
-Shards are whole or absent and carry a marker, so a killed job goes on where it stopped, and a rerun gives the same bytes.
+Versions of several snapshots are made in one job, whose processes start once. Shards are whole or absent and carry a marker, so a killed job goes on where it stopped, and a rerun gives the same bytes.
 A shard is taken over from the version before when its rows and all that the snapshot reads for them are the same.
 """
 
@@ -30,10 +30,12 @@ from loopfm_ray.types import TimeRange
 
 __all__ = [
     "MaterializeTask",
+    "Request",
     "Scope",
     "ShardEmbedder",
     "group_shards",
     "materialize",
+    "materialize_all",
     "plan_shards",
 ]
 
@@ -68,6 +70,15 @@ class Scope:
         if self.is_fresh:
             return "fresh"
         return f"{self.redo.start_ts}-{self.redo.stop_ts}" if self.redo else ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A latents version that is asked for."""
+
+    snapshot_dir: Location
+    out_dir: Location
+    scope: Scope = Scope()
 
 
 @dataclass(frozen=True)
@@ -238,6 +249,51 @@ class ShardEmbedder:
         return self._of_bucket[1:]
 
 
+class _Embedders:
+    """One worker of a job over several versions: holds the FM of the shards that it was handed last."""
+
+    def __init__(self, tasks: Sequence[MaterializeTask]) -> None:
+        self._tasks = tasks
+        self._opened: tuple[int, ShardEmbedder] | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the shards of `row`, which names its task."""
+        number = int(row["task"])
+        if self._opened is None or self._opened[0] != number:
+            self._opened = (number, ShardEmbedder(self._tasks[number]))
+        return self._opened[1](row)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a request comes to: its version if that is there, else the shards that it lacks."""
+
+    task: MaterializeTask
+    shards: list[Place]
+    finished: Manifest | None
+    watermark_ts: int
+    kept_from_ts: int
+
+    def items(self, number: int) -> list[dict[str, Any]]:
+        """Return what the workers are to be called with, as task `number`."""
+        writer = self.task.writer
+        if self.finished is not None:
+            return []
+        todo = [place for place in self.shards if writer.completed(*place) is None]
+        return [{**item, "task": number} for item in group_shards(todo, writer.previous())]
+
+    def finish(self) -> Manifest:
+        """Return the version, of which all shards are there."""
+        if self.finished is not None:
+            return self.finished
+        return self.task.writer.finish(
+            self.shards,
+            watermark_ts=self.watermark_ts,
+            kept_from_ts=self.kept_from_ts,
+            replace_other=True,
+        )
+
+
 def materialize(
     prepared: Location,
     snapshot_dir: Location,
@@ -249,10 +305,6 @@ def materialize(
     scope: Scope = Scope(),
 ) -> Manifest:
     """Write the latents version of one snapshot at `out_dir`, or return it if it is there.
-
-    Shards of a version that lies there, made by the same code with the same snapshot, are taken over where nothing they
-    were made from changed. The manifest's `record` says how many (`num_reused`, `num_redone`), and how many events came
-    later than the watermark of the version before (`num_late_events`).
 
     Args:
         prepared: the prepared version, a directory or an `s3://` address as the next two.
@@ -268,13 +320,58 @@ def materialize(
         ConfigError: there is nothing later than the snapshot, or nothing of it in `scope.redo`.
         JobError: a worker failed.
     """
+    [manifest] = materialize_all(
+        prepared,
+        [Request(snapshot_dir, out_dir, scope)],
+        delay_us=delay_us,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    return manifest
+
+
+def materialize_all(
+    prepared: Location,
+    requests: Sequence[Request],
+    *,
+    delay_us: int,
+    num_workers: int,
+    progress: Progress = silent,
+) -> list[Manifest]:
+    """Write the latents versions that are asked for and not there, in one job, and return the manifests of all.
+
+    Shards of a version that lies there, made by the same code with the same snapshot, are taken over where nothing they
+    were made from changed. The manifest's `record` says how many (`num_reused`, `num_redone`), and how many events came
+    later than the watermark of the version before (`num_late_events`).
+
+    Args:
+        prepared: the prepared version of all of them, a directory or an `s3://` address.
+        requests: versions at different places.
+        delay_us: from an event to its readers.
+        num_workers: processes.
+        progress: told of each shard.
+
+    Raises:
+        StoreError: with `scope.redo` a shard outside of it can not be taken over.
+        ConfigError: there is nothing later than a snapshot, or nothing of it in `scope.redo`.
+        JobError: a worker failed.
+    """
     data = PreparedData.open(prepared)
-    snapshot = load_snapshot(snapshot_dir)
+    plans = [_plan(data, absolute(prepared), request, delay_us) for request in requests]
+    items = [item for number, plan in enumerate(plans) for item in plan.items(number)]
+    if items:
+        _run([plan.task for plan in plans], items, num_workers, progress)
+    return [plan.finish() for plan in plans]
+
+
+def _plan(data: PreparedData, prepared: Location, request: Request, delay_us: int) -> _Plan:
+    """Begin a version, and return what there is to do for it."""
+    scope, snapshot = request.scope, load_snapshot(request.snapshot_dir)
     embedded, files = plan_shards(data, snapshot, scope.keep_us, scope.only)
     if scope.redo:
         _check_redo(scope.redo, files)
     writer = LatentsWriter(
-        final_dir=absolute(out_dir),
+        final_dir=absolute(request.out_dir),
         snapshot_id=snapshot.snapshot_id,
         trained_until_ts=snapshot.spec.trained_until_ts,
         spec=snapshot.spec.code_spec,
@@ -288,31 +385,23 @@ def materialize(
         tasks=snapshot.spec.schema.tasks[1:],
     )
     task = MaterializeTask(
-        absolute(prepared),
-        absolute(snapshot_dir),
+        prepared,
+        absolute(request.snapshot_dir),
         embedded,
         writer,
         redo=scope.redo,
-        is_here=is_remote(out_dir) and not scope.is_scratch_shared,
+        is_here=is_remote(request.out_dir) and not scope.is_scratch_shared,
         is_fresh=scope.is_fresh,
     )
-    shards = [(file.period, file.bucket) for file in files]
-    finished = writer.begin(shards)
-    if finished is not None:
-        return finished
-    shutil.rmtree(task.attempts, ignore_errors=True)
-    todo = [place for place in shards if writer.completed(*place) is None]
     watermark_ts, kept_from_ts = data.log_range[1], embedded.start_ts
     if scope.keep_us is not None:
         period = (data.manifest.meta["period_us"], data.manifest.meta["period_origin_ts"])
         kept_from_ts = max(kept_from_ts, kept_from(watermark_ts, scope.keep_us, *period))
-    _run(task, group_shards(todo, writer.previous()), num_workers, progress)
-    return writer.finish(
-        shards,
-        watermark_ts=watermark_ts,
-        kept_from_ts=kept_from_ts,
-        replace_other=True,
-    )
+    shards = [(file.period, file.bucket) for file in files]
+    finished = writer.begin(shards)
+    if finished is None:
+        shutil.rmtree(task.attempts, ignore_errors=True)
+    return _Plan(task, shards, finished, watermark_ts, kept_from_ts)
 
 
 def _check_redo(redo: TimeRange, files: Sequence[ExampleFile]) -> None:
@@ -338,21 +427,22 @@ def group_shards(todo: Sequence[Place], previous: Previous | None) -> list[dict[
 
 
 def _run(
-    task: MaterializeTask, items: Sequence[dict[str, Any]], num_workers: int, progress: Progress
+    tasks: Sequence[MaterializeTask],
+    items: Sequence[dict[str, Any]],
+    num_workers: int,
+    progress: Progress,
 ) -> None:
-    """Call `ShardEmbedder` with every item, in processes of the cluster."""
-    if not items:
-        return
+    """Call `_Embedders` with every item, in processes of the cluster."""
     num_workers = min(num_workers, len(items))
     # many small blocks, so that no worker waits long for the last of another
     num_blocks = min(len(items), 32 * num_workers)
     shards = ray.data.from_items(list(items), override_num_blocks=num_blocks)
     written = shards.map(
-        ShardEmbedder,
-        fn_constructor_args=(task,),
+        _Embedders,
+        fn_constructor_args=(tuple(tasks),),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=1,
-        **(on_this_node() if task.is_here else {}),
+        **(on_this_node() if any(task.is_here for task in tasks) else {}),
     )
     try:
         for done, _ in enumerate(written.iter_rows(), 1):

@@ -8,7 +8,7 @@ refresh that both embedded for the purpose.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,11 +23,11 @@ from loopfm_ray.data.examples import concat_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits, format_ts
 from loopfm_ray.errors import ConfigError
-from loopfm_ray.experiments import PipelineConfig, RefreshConfig
+from loopfm_ray.experiments import PipelineConfig, RefreshConfig, RunPaths
 from loopfm_ray.jobs.compress import CompressTask, event_embeddings
 from loopfm_ray.jobs.context import Context, splits_of
-from loopfm_ray.jobs.materialize import Scope, materialize
-from loopfm_ray.jobs.snapshots import Making, ensure_fm, ensure_snapshots
+from loopfm_ray.jobs.materialize import Request, Scope, materialize_all
+from loopfm_ray.jobs.snapshots import Making, ensure_fms, ensure_snapshots
 from loopfm_ray.store.codes import CodeSpec, decode
 from loopfm_ray.store.filesystem import Location, absolute
 from loopfm_ray.store.manifest import Manifest, read_manifest
@@ -119,44 +119,74 @@ def plan_generations(refresh: RefreshConfig, splits: Splits) -> list[tuple[int, 
     return planned
 
 
-def refreshed_latents(context: Context, seed: int) -> Manifest:
-    """Train and compress the later snapshots, embed with each, and write the latents of all as one version.
+def refreshed_latents(context: Context) -> list[Manifest]:
+    """Train and compress the later snapshots, embed with each, and write the latents of all as one version for each seed.
 
-    What is there already is kept, stage by stage; a killed run goes on.
+    What is there already is kept, stage by stage; a killed run goes on. The FMs of all seeds are trained in one run of Ray
+    Train, and all snapshots embed in one job.
 
     Raises:
         ConfigError: a refresh does not fit the log or the split.
         LoopFMError: what a worker raised.
         JobError: the workers failed otherwise.
     """
-    config = context.config
-    refresh, splits = config.fm.refresh, splits_of(config)
+    config, splits = context.config, splits_of(context.config)
+    refresh = config.fm.refresh
     if refresh is None:
         raise ConfigError("fm.refresh is null: there are no later snapshots")
-    planned, paths = plan_generations(refresh, splits), config.paths
+    planned = plan_generations(refresh, splits)
     is_newest = refresh.teacher == "newest"
-    part = "scored" if is_newest else "latents"
+    moments = [splits.fm.stop_ts, *(from_ts for from_ts, _ in planned)]
+    by_seed = {
+        seed: _generations(config.paths, seed, moments, "scored" if is_newest else "latents")
+        for seed in config.seeds
+    }
+    later = {
+        seed: _makings(refresh, seed, generations, [windows for _, windows in planned])
+        for seed, generations in by_seed.items()
+    }
+    ensure_fms(context, [making for makings in later.values() for making in makings])
+    for same_moment in zip(
+        *later.values(), strict=True
+    ):  # each snapshot goes on from the one before
+        ensure_snapshots(context, same_moment)
+    _embed(context, by_seed, is_newest=is_newest)
+    return [_splice(context, seed, one, splits) for seed, one in by_seed.items()]
+
+
+def _generations(
+    paths: RunPaths, seed: int, moments: Sequence[int], part: str
+) -> list[_Generation]:
+    """Return where the snapshots of a seed lie, and what each embeds."""
     first = _Generation(
-        splits.fm.stop_ts,
-        paths.fm(seed),
-        paths.snapshot(seed),
-        paths.generation(seed, 0, part),
+        moments[0], paths.fm(seed), paths.snapshot(seed), paths.generation(seed, 0, part)
     )
-    generations = [first]
-    for number, (from_ts, windows) in enumerate(planned, 1):
-        places = [paths.generation(seed, number, name) for name in ("fm", "snapshot", part)]
-        one, before = _Generation(from_ts, *places), generations[-1]
-        parents = (before.fm, before.snapshot) if refresh.warm_start else (None, None)
-        making = Making(seed, one.fm, one.snapshot, windows, *parents)
-        ensure_fm(context, making)
-        ensure_snapshots(context, [making])
-        generations.append(one)
-    stops = [one.from_ts for one in generations[1:]]
-    stops.append(PreparedData.open(paths.prepared).log_range[1] + 1)
-    for one, stop_ts in zip(generations, stops, strict=True):
-        # with one teacher a row, each example goes through an FM once
-        _embed(context, seed, one, TimeRange(one.from_ts, stop_ts) if is_newest else None)
-    return _splice(context, seed, generations, splits)
+    later = [
+        _Generation(
+            from_ts, *(paths.generation(seed, number, name) for name in ("fm", "snapshot", part))
+        )
+        for number, from_ts in enumerate(moments[1:], 1)
+    ]
+    return [first, *later]
+
+
+def _makings(
+    refresh: RefreshConfig,
+    seed: int,
+    generations: Sequence[_Generation],
+    windows: Sequence[Splits],
+) -> list[Making]:
+    """Return the later FMs and snapshots of a seed, each with what it goes on from."""
+    return [
+        Making(
+            seed,
+            one.fm,
+            one.snapshot,
+            learns_from,
+            *((before.fm, before.snapshot) if refresh.warm_start else (None, None)),
+        )
+        for before, one, learns_from in zip(generations[:-1], generations[1:], windows, strict=True)
+    ]
 
 
 def _windows(splits: Splits, start_ts: int, stop_ts: int, valid_us: int) -> Splits:
@@ -169,22 +199,30 @@ def _windows(splits: Splits, start_ts: int, stop_ts: int, valid_us: int) -> Spli
     )
 
 
-def _embed(context: Context, seed: int, one: _Generation, only: TimeRange | None) -> None:
+def _embed(
+    context: Context, by_seed: Mapping[int, Sequence[_Generation]], *, is_newest: bool
+) -> None:
+    """Embed with every snapshot; with one teacher a row, each example goes through an FM once."""
     config = context.config
-    materialize(
+    stop_ts = PreparedData.open(config.paths.prepared).log_range[1] + 1
+    requests = []
+    for seed, generations in by_seed.items():
+        stops = [*(one.from_ts for one in generations[1:]), stop_ts]
+        for one, until_ts in zip(generations, stops, strict=True):
+            scope = Scope(
+                keep_us=config.history.keep_us,
+                is_fresh=context.fresh,
+                scratch=config.scratch(seed),
+                is_scratch_shared=config.scratch_dir is not None,
+                only=TimeRange(one.from_ts, until_ts) if is_newest else None,
+            )
+            requests.append(Request(one.snapshot, one.latents, scope))
+    materialize_all(
         config.paths.prepared,
-        one.snapshot,
-        one.latents,
+        requests,
         delay_us=config.history.delay_us,
         num_workers=config.ray.parallel_tasks,
         progress=context.progress,
-        scope=Scope(
-            keep_us=config.history.keep_us,
-            is_fresh=context.fresh,
-            scratch=config.scratch(seed),
-            is_scratch_shared=config.scratch_dir is not None,
-            only=only,
-        ),
     )
 
 

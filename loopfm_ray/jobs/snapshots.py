@@ -1,16 +1,17 @@
-"""Make an FM and the snapshot of it, unless they are there: of the first window, and of each refresh."""
+"""Make FMs and the snapshots of them, unless they are there: of the first window, and of each refresh."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from loopfm_ray.config import config_hash
 from loopfm_ray.data.split import Splits
 from loopfm_ray.jobs.compress import CompressTask, compress, compress_inputs
 from loopfm_ray.jobs.context import Context
-from loopfm_ray.jobs.train_fm import FmSettings, fm_inputs, train_fm
+from loopfm_ray.jobs.train_fm import FmSettings, FmTraining, fm_inputs, train_fms
 from loopfm_ray.store.filesystem import Location, absolute, remove_tree
 from loopfm_ray.store.manifest import Manifest, code_version, read_manifest
 
-__all__ = ["Making", "clear", "ensure_fm", "ensure_snapshots"]
+__all__ = ["Making", "clear", "ensure_fms", "ensure_snapshots"]
 
 
 @dataclass(frozen=True)
@@ -27,37 +28,45 @@ class Making:
     """The snapshot whose bottleneck it goes on from; None begins anew."""
 
 
-def ensure_fm(context: Context, making: Making) -> Manifest:
-    """Train the FM unless it is there, and return its manifest; a killed training goes on.
+def ensure_fms(context: Context, makings: Sequence[Making]) -> list[Manifest]:
+    """Train the FMs that are not there, in one run, and return the manifests of all; a killed run goes on.
+
+    Args:
+        context: of the run.
+        makings: parents before those that begin with their weights.
 
     Raises:
         LoopFMError: what a worker raised.
         JobError: the workers failed otherwise.
     """
-    config, seed = context.config, making.seed
+    config = context.config
     prepared, max_len = absolute(config.paths.prepared), config.data.past.max_len
-    settings = config_hash(*config.fm.learnt, asdict(making.windows), max_len, seed)
-    inputs = fm_inputs(prepared, making.parent_fm)
-    if context.find(making.fm, settings, inputs) is not None:
-        return read_manifest(making.fm)
-    key = f"fm-{seed}-{config_hash(settings, inputs, code_version())}"
-    work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
-    if context.fresh:
+    hashes = [
+        config_hash(*config.fm.learnt, asdict(one.windows), max_len, one.seed) for one in makings
+    ]
+    todo: list[FmTraining] = []
+    for one, settings in zip(makings, hashes, strict=True):
+        parent = None if one.parent_fm is None else absolute(one.parent_fm)
+        begins_with_new = any(training.out_dir == one.parent_fm for training in todo)
+        # the version of a parent that is still to be trained is not known, and so not whether this one is there
+        if begins_with_new or (
+            context.find(one.fm, settings, fm_inputs(prepared, one.parent_fm)) is None
+        ):
+            shaped = FmSettings(config.fm, one.windows, max_len, one.seed, settings, parent)
+            todo.append(FmTraining(one.fm, shaped))
+    if todo:
+        key = f"fms-{config_hash(*hashes, fm_inputs(prepared, None), code_version())}"
+        work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
+        if context.fresh:
+            clear(work, checkpoints)
+        train_fms(prepared, todo, work, checkpoints, context.progress)
         clear(work, checkpoints)
-    parent = None if making.parent_fm is None else absolute(making.parent_fm)
-    train_fm(
-        prepared,
-        making.fm,
-        work,
-        checkpoints,
-        FmSettings(config.fm, making.windows, max_len, seed, settings, parent),
-        context.progress,
-    )
-    clear(work, checkpoints)
-    return context.share(making.fm)
+        for training in todo:
+            context.share(training.out_dir)
+    return [read_manifest(one.fm) for one in makings]
 
 
-def ensure_snapshots(context: Context, makings: list[Making]) -> None:
+def ensure_snapshots(context: Context, makings: Sequence[Making]) -> None:
     """Fit the bottlenecks of trained FMs side by side and write their snapshots, but for those that are there.
 
     Raises:

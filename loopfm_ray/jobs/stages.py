@@ -25,10 +25,10 @@ from loopfm_ray.jobs.evaluate import (
     write_record,
 )
 from loopfm_ray.jobs.freshness import joined_freshness
-from loopfm_ray.jobs.materialize import Scope, materialize
+from loopfm_ray.jobs.materialize import Request, Scope, materialize_all
 from loopfm_ray.jobs.publishing import run_publish
 from loopfm_ray.jobs.refresh import refreshed_latents
-from loopfm_ray.jobs.snapshots import Making, clear, ensure_fm, ensure_snapshots
+from loopfm_ray.jobs.snapshots import Making, clear, ensure_fms, ensure_snapshots
 from loopfm_ray.jobs.train_vm import train_vms
 from loopfm_ray.jobs.vm_data import VmJob
 from loopfm_ray.jobs.vm_inputs import vm_inputs
@@ -77,7 +77,9 @@ def _is_same_log(config: PipelineConfig, read: Path) -> bool:
 def run_train_fm(context: Context) -> dict[str, Any]:
     """Train the FM of each seed."""
     needed(context.config.paths.prepared, "prepare")
-    return {f"seed={one.seed}": ensure_fm(context, one).version for one in _makings(context.config)}
+    makings = _makings(context.config)
+    manifests = ensure_fms(context, makings)
+    return {f"seed={one.seed}": made.version for one, made in zip(makings, manifests, strict=True)}
 
 
 def run_compress(context: Context) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def run_materialize(context: Context) -> dict[str, Any]:
     config, result = context.config, {}
     for seed in config.seeds:
         needed(config.paths.snapshot(seed), "compress")
-        manifest = _latents(context, seed)
+    for seed, manifest in zip(config.seeds, _latents(context), strict=True):
         result[f"seed={seed}"] = {
             "version": manifest.version,
             "content": manifest.content,
@@ -119,18 +121,20 @@ def run_materialize(context: Context) -> dict[str, Any]:
     return result
 
 
-def _latents(context: Context, seed: int) -> Manifest:
+def _latents(context: Context) -> list[Manifest]:
     config = context.config
     if config.fm.refresh is not None:
-        return refreshed_latents(context, seed)
-    return materialize(
-        config.paths.prepared,
-        config.paths.snapshot(seed),
-        config.paths.latents(seed),
+        return refreshed_latents(context)
+    paths = config.paths
+    return materialize_all(
+        paths.prepared,
+        [
+            Request(paths.snapshot(seed), paths.latents(seed), _scope(context, seed))
+            for seed in config.seeds
+        ],
         delay_us=config.history.delay_us,
         num_workers=config.ray.parallel_tasks,
         progress=context.progress,
-        scope=_scope(context, seed),
     )
 
 

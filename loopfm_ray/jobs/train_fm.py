@@ -1,10 +1,13 @@
-"""Train the FM with Ray Train, its rows streamed in time order by Ray Data, and write its weights.
+"""Train FMs with Ray Train, their rows streamed in time order by Ray Data, and write their weights.
+
+The FMs of several seeds, and those that begin with the weights of one before, share one run, one after another: to start a
+run takes as long as to train a small FM (`programs`).
 
 Each worker reads a Ray Data set of its own, whose files and order the driver fixed, so the same seed gives the same rows in
 the same order however Ray schedules, and a resumed run sees exactly the rows that the undisturbed one would have seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,21 @@ from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import Rows, rows_of
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import Kind, Side
-from loopfm_ray.data.split import Splits
+from loopfm_ray.data.split import Splits, format_ts
 from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
+from loopfm_ray.errors import LoopFMError
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
-from loopfm_ray.jobs.training import Task, Worker, run_config, scaling_config, score_rows, train
+from loopfm_ray.jobs.training import (
+    Task,
+    Worker,
+    finished_trainings,
+    report_finished,
+    run_config,
+    scaling_config,
+    score_rows,
+    train,
+)
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.models.joint import build_joint
 from loopfm_ray.models.sharded.config import table_factory
@@ -40,7 +53,7 @@ from loopfm_ray.train.weights import (
     save_fm,
 )
 
-__all__ = ["FmJob", "FmSettings", "fm_inputs", "train_fm"]
+__all__ = ["FmJob", "FmSettings", "FmTraining", "fm_inputs", "train_fms"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +71,37 @@ class FmSettings:
 
 
 @dataclass(frozen=True)
+class FmTraining:
+    """One FM to train, and where to."""
+
+    out_dir: Location
+    settings: FmSettings
+
+    @property
+    def key(self) -> str:
+        """What names this training among those of a run."""
+        return f"fm-{self.settings.seed}-{self.settings.config_hash}"
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"seed {self.settings.seed} until {format_ts(self.settings.splits.fm.stop_ts)}"
+
+
+@dataclass(frozen=True)
 class FmJob:
     """One FM training, as its workers get it."""
 
     prepared: Location
-    out_dir: Location
+    training: FmTraining
     metrics_file: Path
-    settings: FmSettings
     buckets: tuple[tuple[int, ...], ...]
     plan: StepPlan
+
+    @property
+    def settings(self) -> FmSettings:
+        """What shapes the FM."""
+        return self.training.settings
 
     @property
     def config(self) -> FmStageConfig:
@@ -79,51 +114,43 @@ class FmJob:
         return self.settings.splits
 
 
-def train_fm(
+def train_fms(
     prepared: Location,
-    out_dir: Location,
+    trainings: Sequence[FmTraining],
     work_dir: Path,
     checkpoints: Location,
-    settings: FmSettings,
     progress: Progress = silent,
 ) -> None:
-    """Train the FM on the FM window and write it at `out_dir`; a killed run goes on from its checkpoint.
+    """Train FMs in one run of Ray Train, in this order, and write each at its place; a killed run goes on where it was.
 
-    The workers read `prepared` and write `out_dir` and `checkpoints`, wherever they run; `work_dir` is of this machine.
+    All have the same workers. They read `prepared` and write the FMs and `checkpoints`, wherever they run; `work_dir` is of
+    this machine. The parent of an FM is there, or comes before it.
 
     Raises:
-        LoopFMError: what a worker raised.
+        LoopFMError: what a worker raised; it names the FM.
         JobError: the workers failed otherwise.
     """
-    prepared, out_dir = absolute(prepared), absolute(out_dir)
-    data, config, splits = PreparedData.open(prepared), settings.config, settings.splits
-    counts = count_known(data.examples.files(splits.fm_train), splits.fm_train, splits.fm.stop_ts)
-    sizes = [counts.get(bucket, 0) for bucket in range(data.num_buckets)]
-    shares = assign_buckets(sizes, config.learning.num_workers)
-    plan = plan_steps(
-        [sum(sizes[bucket] for bucket in share) for share in shares], config.learning.batch_rows
-    )
+    prepared, learning = absolute(prepared), trainings[0].settings.config.learning
+    data = PreparedData.open(prepared)
     work_dir.mkdir(parents=True, exist_ok=True)
-    job = FmJob(
-        prepared=prepared,
-        out_dir=out_dir,
-        metrics_file=(work_dir / "metrics.jsonl").absolute(),
-        settings=settings,
-        buckets=tuple(tuple(share) for share in shares),
-        plan=plan,
-    )
+    jobs = [_job(data, prepared, training, work_dir) for training in trainings]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
-        scaling_config=scaling_config(config.learning),
+        train_loop_config={"jobs": tuple(jobs)},
+        scaling_config=scaling_config(learning),
         run_config=run_config(checkpoints, "train"),
-        datasets={_name(rank): _dataset(data, job, rank) for rank in range(len(shares))},
+        datasets={
+            _name(job, rank): _dataset(data, job, rank)
+            for job in jobs
+            for rank in range(learning.num_workers)
+        },
         dataset_config=DataConfig(
             datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
         ),
     )
+    stages = {job.metrics_file: f"train-fm {job.training.name}" for job in jobs}
     try:
-        with watch(job.metrics_file, f"train-fm seed {settings.seed}", progress):
+        with watch(stages, progress):
             trainer.fit()
     except Exception as error:
         raise unwrap(error, "train-fm") from error
@@ -135,8 +162,24 @@ def fm_inputs(prepared: Location, parent: Location | None) -> dict[str, str]:
     return inputs if parent is None else {**inputs, "parent": read_manifest(parent).version}
 
 
-def _name(rank: int) -> str:
-    return f"rank_{rank}"
+def _job(data: PreparedData, prepared: Location, training: FmTraining, work_dir: Path) -> FmJob:
+    """Return the training with the rows that its workers share out among them."""
+    splits, learning = training.settings.splits, training.settings.config.learning
+    counts = count_known(data.examples.files(splits.fm_train), splits.fm_train, splits.fm.stop_ts)
+    sizes = [counts.get(bucket, 0) for bucket in range(data.num_buckets)]
+    shares = assign_buckets(sizes, learning.num_workers)
+    rows = [sum(sizes[bucket] for bucket in share) for share in shares]
+    return FmJob(
+        prepared=prepared,
+        training=FmTraining(absolute(training.out_dir), training.settings),
+        metrics_file=(work_dir / f"{training.key}.jsonl").absolute(),
+        buckets=tuple(tuple(share) for share in shares),
+        plan=plan_steps(rows, learning.batch_rows),
+    )
+
+
+def _name(job: FmJob, rank: int) -> str:
+    return f"{job.training.key}_{rank}"
 
 
 def _columns(collate: Collator) -> list[str]:
@@ -171,8 +214,22 @@ def _item_fields(data: PreparedData) -> tuple[str, ...]:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    job: FmJob = config["job"]
     worker = Worker.current()
+    finished = finished_trainings()
+    for job in config["jobs"]:
+        if job.training.key in finished:
+            continue
+        try:
+            _train_one(job, worker, finished)
+        except LoopFMError as error:
+            raise type(error)(f"FM, {job.training.name}: {error}") from error
+        finished.append(job.training.key)
+        report_finished(
+            finished, worker
+        )  # the others wait for the first here, whose FM the next may begin with
+
+
+def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:
     data = PreparedData.open(job.prepared)
     collate = _collator(data, job, worker.rank)
     files = data.examples.files(job.splits.fm, job.buckets[worker.rank])
@@ -194,12 +251,13 @@ def _worker(config: dict[str, Any]) -> None:
         learning=job.config.learning,
         plan=job.plan,
         blocks=lambda _: keep_known(
-            _blocks(worker.rank), job.splits.fm_train, job.splits.fm.stop_ts
+            _blocks(job, worker.rank), job.splits.fm_train, job.splits.fm.stop_ts
         ),
         collate=collate,
         validate=lambda: score_rows(model, collate, files, job.splits.fm_valid),
         seed=job.settings.seed,
-        key=f"fm-{job.settings.seed}-{job.settings.config_hash}",
+        key=job.training.key,
+        finished=tuple(finished),
         metrics_file=job.metrics_file,
     )
     report, curves = train(task, worker)
@@ -224,17 +282,15 @@ def _worker(config: dict[str, Any]) -> None:
                 record,
                 joint=None if joint is None else JointBottleneck(joint.bottleneck, layers),
             ),
-            job.out_dir,
+            job.training.out_dir,
             settings_hash=job.settings.config_hash,
             inputs=fm_inputs(job.prepared, job.settings.parent),
             num_rows=sum(job.plan.num_rows),
             curves=curves,
         )
-    # a run without a final checkpoint counts as unfinished, and the others wait for the first here
-    ray.train.report({"done": 1})
 
 
-def _blocks(rank: int) -> Iterator[Rows]:
-    shard = ray.train.get_dataset_shard(_name(rank))
+def _blocks(job: FmJob, rank: int) -> Iterator[Rows]:
+    shard = ray.train.get_dataset_shard(_name(job, rank))
     for table in shard.iter_batches(batch_size=65_536, batch_format="pyarrow", prefetch_batches=1):
         yield rows_of(table)

@@ -13,7 +13,7 @@ from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import StoreError
 from loopfm_ray.jobs import materialize as job
-from loopfm_ray.jobs.materialize import Scope, ShardEmbedder, materialize
+from loopfm_ray.jobs.materialize import Scope, materialize
 from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck
 from loopfm_ray.models.fitting import calibrate
 from loopfm_ray.models.foundation import FmConfig, build_fm
@@ -24,6 +24,7 @@ from loopfm_ray.store.rows import read_rows
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import MICROS_PER_DAY, TimeRange
 from tests.oracles.worlds import tree_bytes
+from tests.serial import embed_here
 from tests.serving import world
 
 EVERYTHING = Scope()
@@ -32,13 +33,7 @@ EVERYTHING = Scope()
 @pytest.fixture(autouse=True)
 def serial(monkeypatch):
     """Run the shards in this process, without Ray."""
-
-    def run(task, items, num_workers, progress):
-        worker = ShardEmbedder(task)
-        for item in items:
-            worker(item)
-
-    monkeypatch.setattr(job, "_run", run)
+    monkeypatch.setattr(job, "_run", embed_here)
 
 
 @pytest.fixture(scope="module")

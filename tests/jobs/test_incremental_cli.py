@@ -27,6 +27,7 @@ from loopfm_ray.store.publish import publish
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.types import MICROS_PER_DAY
 from tests.oracles.worlds import tree_bytes
+from tests.serial import embed_here
 from tests.serving import world
 
 FM = FmConfig(embed_dim=3, history_dim=4, hidden=(6, 5))
@@ -36,13 +37,7 @@ NAMES = ("item", "category")
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
     """Run all tasks in this process."""
-
-    def run(task, todo, num_workers, progress):
-        worker = job.ShardEmbedder(task)
-        for row in todo:
-            worker(row)
-
-    monkeypatch.setattr(job, "_run", run)
+    monkeypatch.setattr(job, "_run", embed_here)
     monkeypatch.setattr(pipeline, "connect", lambda config: nullcontext())
     monkeypatch.setattr(stages.Context, "mapper", lambda self, stage, **more: serial)
 

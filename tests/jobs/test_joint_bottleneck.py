@@ -12,19 +12,22 @@ from safetensors.torch import load_file
 
 from loopfm_ray.config import load_config
 from loopfm_ray.data.prepare import prepare
-from loopfm_ray.errors import JobError, StoreError
-from loopfm_ray.experiments import FmStageConfig, LearningConfig, PipelineConfig
+from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.errors import ConfigError, JobError, StoreError
+from loopfm_ray.experiments import FmStageConfig, LearningConfig, PipelineConfig, RefreshConfig
 from loopfm_ray.jobs import compress as compress_job
-from loopfm_ray.jobs import stages
+from loopfm_ray.jobs import materialize, stages
 from loopfm_ray.jobs import train_fm as job
 from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.mapping import silent
+from loopfm_ray.jobs.refresh import refreshed_latents
 from loopfm_ray.jobs.training import Worker, file_blocks
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.store.manifest import read_manifest, verify
 from loopfm_ray.train.snapshot import load_snapshot
 from loopfm_ray.train.weights import load_fm
+from tests.serial import embed_here
 
 SYNTHETIC = Path(__file__).parents[2] / "configs/pipeline/synthetic.yaml"
 AFTER = BottleneckConfig(metric="spread", latent_dim=4, prefixes=(2, 4), lr=0.01)
@@ -52,18 +55,24 @@ class Kept:
 
 
 class Ray:
-    """What the training program asks of Ray, in this process; may be killed at a checkpoint."""
+    """What the training program asks of Ray, in this process.
+
+    May be killed at a step, in the first training that gets there or in the one that comes after `kill_in` others of its run.
+    """
 
     def __init__(self, folder):
-        self.folder, self.kill_at, self.kept, self.trainings = folder, None, None, 0
+        self.folder, self.kept, self.trainings = folder, None, 0
+        self.kill_at = self.kill_in = None
 
     def report(self, metrics, checkpoint=None):
         if checkpoint is not None:
             # a checkpoint's folder is gone when the report returns
-            self.kept = self.folder / f"step-{metrics['step']}"
-            shutil.copytree(checkpoint.path, self.kept, dirs_exist_ok=True)
-        if self.kill_at is not None and metrics.get("step") == self.kill_at:
-            raise KilledError
+            [(name, count)] = metrics.items()
+            self.kept = self.folder / f"{len(list(self.folder.glob('*')))}-{name}-{count}"
+            shutil.copytree(checkpoint.path, self.kept)
+            is_there = self.kill_in in (None, len(self.checkpoint().get_metadata()["finished"]))
+            if is_there and name == "step" and count == self.kill_at:
+                raise KilledError
 
     def checkpoint(self):
         return None if self.kept is None else Kept(self.kept)
@@ -92,16 +101,18 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def ray(prepared, tmp_path, monkeypatch):
-    found, opened = Ray(tmp_path / "checkpoints"), []
+    found = Ray(tmp_path / "checkpoints")
 
-    def dataset(data, fm_job, rank):
+    def blocks(fm_job, rank):
+        data = PreparedData.open(fm_job.prepared)
         columns = job._columns(job._collator(data, fm_job, rank))
         files = data.examples.files(fm_job.splits.fm_train, fm_job.buckets[rank])
-        opened[:] = [lambda: file_blocks(files, fm_job.splits.fm_train, columns)]
+        return file_blocks(files, fm_job.splits.fm_train, columns)
 
     monkeypatch.setattr(job, "TorchTrainer", found.trainer)
-    monkeypatch.setattr(job, "_dataset", dataset)
-    monkeypatch.setattr(job, "_blocks", lambda rank: opened[0]())
+    monkeypatch.setattr(job, "_dataset", lambda data, fm_job, rank: None)
+    monkeypatch.setattr(job, "_blocks", blocks)
+    monkeypatch.setattr(materialize, "_run", embed_here)
     monkeypatch.setattr(Worker, "current", classmethod(lambda cls: cls(0, 1)))
     monkeypatch.setattr("ray.train.get_checkpoint", found.checkpoint)
     monkeypatch.setattr("ray.train.report", found.report)
@@ -116,14 +127,14 @@ def run(prepared, tmp_path):
     """Return a way to make the context of a run with these settings of the FM."""
     folder, data = prepared
 
-    def make(name, bottleneck, **settings):
+    def make(name, bottleneck, seeds=(0,), **settings):
         stage = FmStageConfig(
             model=MODEL,
             learning=LEARNING,
             bottleneck=bottleneck,
             **{"embedding_layers": ("embedding", "hidden_1"), **settings},
         )
-        config = PipelineConfig(name=name, run_dir=str(tmp_path), data=data, fm=stage)
+        config = PipelineConfig(name=name, run_dir=str(tmp_path), seeds=seeds, data=data, fm=stage)
         if not config.paths.prepared.exists():
             shutil.copytree(folder / "prepared", config.paths.prepared)
         return Context(config, silent, any_code=True)
@@ -188,7 +199,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(ray, run):
     with pytest.raises(JobError, match="train-fm") as caught:
         stages.run_train_fm(killed)
     assert isinstance(caught.value.__cause__, KilledError)
-    assert ray.kept.name == "step-16"
+    assert ray.kept.name.endswith("-step-16")
     assert not killed.config.paths.fm(0).exists()
     ray.kill_at = None
     stages.run_train_fm(killed)
@@ -196,6 +207,79 @@ def test_a_killed_training_goes_on_with_the_same_bits(ray, run):
         assert_same_bits(
             weights(whole.config.paths.fm(0), name), weights(killed.config.paths.fm(0), name)
         )
+
+
+def test_seeds_share_a_run_and_a_killed_one_goes_on_in_the_seed_where_it_was(ray, run):
+    alone = [run(f"seed{seed}", JOINT, seeds=(seed,)) for seed in (0, 1)]
+    for context in alone:
+        stages.run_train_fm(context)
+    both, ray.trainings = run("both", JOINT, seeds=(0, 1)), 0
+    ray.kill_at = 16
+    for ray.kill_in in (0, 1):
+        assert not both.config.paths.fm(0).exists()
+        with pytest.raises(JobError):
+            stages.run_train_fm(both)
+    first = read_manifest(both.config.paths.fm(0))
+    assert not both.config.paths.fm(1).exists()
+    ray.kill_at = None
+    stages.run_train_fm(both)
+    assert ray.trainings == 3
+    assert read_manifest(both.config.paths.fm(0)) == first
+    for seed, context in enumerate(alone):
+        assert_same_bits(
+            weights(context.config.paths.fm(seed)), weights(both.config.paths.fm(seed))
+        )
+
+
+REFRESH = {"every_s": 7 * 86_400, "delay_s": 86_400, "valid_s": 3 * 86_400, "teacher": "newest"}
+
+
+@pytest.mark.parametrize("settings", [REFRESH, {**REFRESH, "warm_start": False}])
+def test_later_fms_of_all_seeds_are_trained_in_one_run_as_if_alone(ray, run, settings):
+    chosen = {"refresh": RefreshConfig(**settings)}
+    both = run("both", AFTER, seeds=(0, 1), **chosen)
+    alone = [run(f"seed{seed}", AFTER, seeds=(seed,), **chosen) for seed in (0, 1)]
+    for context in (*alone, both):
+        stages.run_train_fm(context)
+        stages.run_compress(context)
+    ray.trainings = 0
+    made = stages.run_materialize(both)
+    assert ray.trainings == 1
+    paths = both.config.paths
+    numbers = [number for number in range(1, 9) if paths.generation(0, number, "fm").exists()]
+    assert len(numbers) > 1
+    for seed, context in enumerate(alone):
+        assert stages.run_materialize(context)[f"seed={seed}"] == made[f"seed={seed}"]
+        for number in numbers:
+            for part in ("fm", "snapshot"):
+                owners = (context.config.paths, paths)
+                places = [each.generation(seed, number, part) for each in owners]
+                assert_same_bits(*map(weights, places))
+    assert stages.run_materialize(both) == made
+    assert ray.trainings == 3
+
+
+def test_a_refresh_that_is_killed_goes_on_in_the_fm_where_it_was(ray, run):
+    chosen = {"refresh": RefreshConfig(**REFRESH)}
+    whole, killed = (run(name, AFTER, **chosen) for name in ("whole", "killed"))
+    for context in (whole, killed):
+        stages.run_train_fm(context)
+        stages.run_compress(context)
+    made = stages.run_materialize(whole)
+    paths = killed.config.paths
+    ray.kill_at = 8
+    for ray.kill_in in (1, 2):
+        with pytest.raises(JobError):
+            stages.run_materialize(killed)
+        assert paths.generation(0, ray.kill_in, "fm").exists()
+        assert not paths.generation(0, ray.kill_in + 1, "fm").exists()
+    ray.kill_at = None
+    assert stages.run_materialize(killed) == made
+
+
+def test_a_run_without_later_snapshots_has_no_refresh(run):
+    with pytest.raises(ConfigError, match="no later snapshots"):
+        refreshed_latents(run("one", AFTER))
 
 
 def test_only_what_is_trained_along_makes_another_fm(ray, run):
@@ -251,7 +335,8 @@ def test_a_later_fm_goes_on_with_the_bottleneck_of_the_one_before(ray, run, monk
         splits = stages.splits_of(first.config)
         config, max_len = first.config.fm, first.config.data.past.max_len
         settings = job.FmSettings(config, splits, max_len, 0, "", parent.config.paths.fm(0))
-        job.train_fm(paths.prepared, paths.fm(0), paths.work, paths.checkpoints("fm"), settings)
+        training = job.FmTraining(paths.fm(0), settings)
+        job.train_fms(paths.prepared, [training], paths.work, paths.checkpoints("fm"))
 
     with pytest.raises(JobError):
         train_from(first)

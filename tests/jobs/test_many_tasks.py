@@ -17,7 +17,7 @@ from loopfm_ray.experiments import LearningConfig, VmStageConfig
 from loopfm_ray.history.audit import audit
 from loopfm_ray.history.join import JoinSettings, write_joined
 from loopfm_ray.jobs import materialize as job
-from loopfm_ray.jobs.materialize import ShardEmbedder, materialize
+from loopfm_ray.jobs.materialize import materialize
 from loopfm_ray.jobs.streaming import StreamJob, _Stream, stream_one
 from loopfm_ray.jobs.train_vm import trained_form
 from loopfm_ray.models.bottleneck import BottleneckConfig, build_bottleneck
@@ -36,6 +36,7 @@ from loopfm_ray.train.evaluate import (
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.train.trained import load_trained_vm
 from loopfm_ray.types import MICROS_PER_DAY, TimeRange
+from tests.serial import embed_here
 from tests.serving import world
 
 SPAN = TimeRange(world.FM_STOP, world.STOP)
@@ -67,13 +68,7 @@ def made(tmp_path_factory):
     spec = SnapshotSpec(world.FM_STOP - 1, schema, (), 5, FM, SHAPE, ("hidden_0",), code_spec)
     save_snapshot(Snapshot(fm.eval(), bottleneck.eval(), spec), root / "snapshot", inputs={})
     with pytest.MonkeyPatch.context() as patch:
-
-        def run(task, items, num_workers, progress):
-            worker = ShardEmbedder(task)
-            for item in items:
-                worker(item)
-
-        patch.setattr(job, "_run", run)
+        patch.setattr(job, "_run", embed_here)
         materialize(
             root / "prepared", root / "snapshot", root / "latents", delay_us=10, num_workers=1
         )

@@ -12,7 +12,7 @@ from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import BundleError, ConfigError, StoreError
 from loopfm_ray.experiments import HistoryStageConfig, OnlineConfig, PipelineConfig
 from loopfm_ray.jobs import materialize as job
-from loopfm_ray.jobs.materialize import ShardEmbedder, materialize
+from loopfm_ray.jobs.materialize import materialize
 from loopfm_ray.jobs.publishing import export_bundle
 from loopfm_ray.jobs.upgrade import share_target, upgrade
 from loopfm_ray.metrics.calibration import PlattScaling
@@ -31,6 +31,7 @@ from loopfm_ray.store.target import live_spaces, open_current, retire
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec, save_snapshot
 from loopfm_ray.train.trained import TrainedVm, save_trained_vm
 from loopfm_ray.types import MICROS_PER_DAY, MICROS_PER_S
+from tests.serial import embed_here
 from tests.serving import world as worlds
 
 RETENTION_DAYS = 25
@@ -47,13 +48,7 @@ NEW_UNTIL = worlds.FM_STOP + 22 * MICROS_PER_DAY
 @pytest.fixture(autouse=True)
 def serial(monkeypatch):
     """Run the shards in this process, without Ray."""
-
-    def run(task, todo, num_workers, progress):
-        worker = ShardEmbedder(task)
-        for row in todo:
-            worker(row)
-
-    monkeypatch.setattr(job, "_run", run)
+    monkeypatch.setattr(job, "_run", embed_here)
 
 
 def pipeline(folder, name, **online):
