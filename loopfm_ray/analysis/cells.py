@@ -16,6 +16,7 @@ __all__ = [
     "headline",
     "join_seeds",
     "read_cells",
+    "stream_gains",
     "stream_headline",
 ]
 
@@ -167,19 +168,8 @@ def stream_headline(
     by_place = {(tree["model"], tree["arm"]): tree for tree in mine}
     models = list(dict.fromkeys(tree["model"] for tree in mine))
     arms = list(dict.fromkeys(tree["arm"] for tree in mine))
-
-    def gains(arm: str, over: str) -> list[float]:
-        """Return by seed the mean over the verticals."""
-        by_seed: dict[str, list[float]] = {}
-        for model in models:
-            for seed, test in by_place[model, arm]["per_seed"].items():
-                before = by_place[model, over]["per_seed"][seed]["ne"]
-                gain = relative_gain(before, test["ne"], is_lower_better=True)
-                by_seed.setdefault(seed, []).append(gain)
-        return [statistics.fmean(found) for found in by_seed.values()]
-
     best, kd = roles.best, roles.kd
-    over_kd = gains(best, kd)
+    over_kd = _ne_gains(mine, best, kd)
     versus = [by_place[model, best].get(f"vs_{kd}") for model in models]
     ps = [item["ne"]["p"] for item in versus if item is not None]
     calibration: dict[str, dict[str, float]] = {
@@ -197,9 +187,46 @@ def stream_headline(
         f"ne_gain_{best}_over_kd": statistics.fmean(over_kd),
         f"p_ne_gain_{best}_over_kd": paired_test(over_kd, [0.0] * len(over_kd)).p,
         f"max_p_ne_{best}_over_kd": _largest(ps),
-        "ne_gain_by_method": {arm: statistics.fmean(gains(arm, roles.baseline)) for arm in arms},
+        "ne_gain_by_method": {
+            arm: statistics.fmean(_ne_gains(mine, arm, roles.baseline)) for arm in arms
+        },
         "calibration_by_method": calibration,
     }
+
+
+def stream_gains(
+    trees: Sequence[Mapping[str, Any]], roles: Compared
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return by variant and arm what progressive NE gains, each a mean over the verticals and then over the seeds.
+
+    `gain` over the baseline arm with its `sd` over the seeds (None with one), `best_over` of the best arm over this one, and
+    `p_best_over` of that mean over the seeds.
+    """
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for variant in dict.fromkeys(tree["variant"] for tree in trees):
+        mine = [tree for tree in trees if tree["variant"] == variant]
+        for arm in dict.fromkeys(tree["arm"] for tree in mine):
+            gain = _ne_gains(mine, arm, roles.baseline)
+            over = _ne_gains(mine, roles.best, arm)
+            found.setdefault(variant, {})[arm] = {
+                "gain": statistics.fmean(gain),
+                "sd": statistics.stdev(gain) if len(gain) > 1 else None,
+                "best_over": statistics.fmean(over),
+                "p_best_over": paired_test(over, [0.0] * len(over)).p,
+            }
+    return found
+
+
+def _ne_gains(trees: Sequence[Mapping[str, Any]], arm: str, over: str) -> list[float]:
+    """Return by seed the mean over verticals of the relative NE gain of one arm over another; `trees` are of one variant."""
+    by_place = {(tree["model"], tree["arm"]): tree for tree in trees}
+    by_seed: dict[str, list[float]] = {}
+    for model in dict.fromkeys(tree["model"] for tree in trees):
+        for seed, test in by_place[model, arm]["per_seed"].items():
+            before = by_place[model, over]["per_seed"][seed]["ne"]
+            gain = relative_gain(before, test["ne"], is_lower_better=True)
+            by_seed.setdefault(seed, []).append(gain)
+    return [statistics.fmean(found) for found in by_seed.values()]
 
 
 def _tree(

@@ -20,6 +20,7 @@ from loopfm_ray.analysis.cells import (
     headline,
     join_seeds,
     read_cells,
+    stream_gains,
     stream_headline,
 )
 from loopfm_ray.config import config_hash, dump_yaml, validate
@@ -44,6 +45,8 @@ _LOGGER = logging.getLogger(__name__)
 _SHARED = ("prepare", "train-fm", "compress", "materialize", "join", "audit")
 _BATCH = ("train-vm", "evaluate")
 _DONE = "done.json"
+
+Json = dict[str, Any]  # Any: JSON
 _HOW_IT_RUNS = {"name", "run_dir", "seeds", "any_code", "keep_data", "pool", "audit", "ray"}
 
 
@@ -101,7 +104,7 @@ def summarise(config: ExperimentConfig, others: Sequence[Mapping[str, Any]] = ()
     summary = {
         "name": config.name,
         **headline(cells, finished[0], roles),
-        **(stream_headline(cells, finished[0], roles) if config.stream is not None else {}),
+        **(_of_stream(cells, finished[0], roles) if config.stream is not None else {}),
         "headline_variant": finished[0],
         "roles": asdict(roles),
         "seeds": cells[0]["seeds"],
@@ -123,6 +126,10 @@ def summarise(config: ExperimentConfig, others: Sequence[Mapping[str, Any]] = ()
     write_text(config.root / "summary.json", json.dumps(summary, indent=1))
     build_grid_report(summary, config.root)
     return summary
+
+
+def _of_stream(cells: Sequence[Json], variant: str, roles: Compared) -> Json:
+    return {**stream_headline(cells, variant, roles), "ne_by_variant": stream_gains(cells, roles)}
 
 
 def _read_summary(path: Path, config: ExperimentConfig) -> dict[str, Any]:

@@ -31,6 +31,7 @@ __all__ = [
     "MemoryConfig",
     "SnapshotConfig",
     "TeacherConfig",
+    "averaged_model",
     "make_memory",
 ]
 
@@ -54,11 +55,17 @@ class SnapshotConfig(Config):
 
 
 class LastVisitConfig(Config):
-    """The scores of the best answers to each question when it was last asked; for losses over all entities."""
+    """The scores of the best answers to each question when it was last asked; for losses over all entities.
+
+    With a decay it is a moving average over its visits (temporal ensembling, arXiv 1610.02242): of an answer that was kept before, of
+    one that was not its present score.
+    """
 
     kind: Literal["last_visit"] = "last_visit"
     num_kept: PositiveInt = 64
     """Answers kept of each question: those that scored best."""
+    decay: Decay = 0.0
+    """Share of what was remembered that stays at each visit; with 0 the last visit alone counts."""
 
 
 class TeacherConfig(Config):
@@ -131,7 +138,7 @@ def make_memory(
         return _Snapshot(model, config.every)
     assert isinstance(config, LastVisitConfig)
     num_kept = min(config.num_kept, model.num_entities)
-    return _LastVisit(objective, num_kept, model.entity.device, process)
+    return _LastVisit(objective, num_kept, config.decay, model.entity.device, process)
 
 
 class _Copy:
@@ -219,11 +226,23 @@ class _Average(_Copy):
             self._take(model)
 
 
+def averaged_model(memory: Memory) -> KgeModel:
+    """Return the model that a memory of kind `average` has made by the end of the first epoch, in evaluation."""
+    assert isinstance(memory, _Average)
+    assert memory.is_set
+    return memory.model
+
+
 class _LastVisit:
     """[Q, K] the places and scores of each question's best answers; a question that was not asked yet has none."""
 
     def __init__(
-        self, objective: Objective, num_kept: int, device: torch.device, process: Process
+        self,
+        objective: Objective,
+        num_kept: int,
+        decay: float,
+        device: torch.device,
+        process: Process,
     ) -> None:
         if objective.loss.kind not in ("one_vs_all", "k_vs_all"):
             raise ConfigError(
@@ -231,7 +250,7 @@ class _LastVisit:
                 " which scores drawn ones; take average or snapshot"
             )
         num = len(objective.known.keys)
-        self.process = process
+        self.process, self.decay = process, decay
         self.questions = torch.from_numpy(objective.question_of_rows()).to(device)
         self.columns = torch.zeros(num, num_kept, dtype=torch.int32, device=device)
         self.scores = torch.full((num, num_kept), torch.nan, device=device)
@@ -247,13 +266,30 @@ class _LastVisit:
         # a question may be asked by several rows, whose scores may differ in their last bits
         once = _first_places(question)
         present = asked.scores.detach()[once]
-        best = best_columns(present, self.scores.shape[1])
+        columns, scores = self._remembered(question[once], present)
         question = self.process.gather(question[once])
-        scores = self.process.gather(present.gather(1, best))
-        columns = self.process.gather(best.int())
+        scores = self.process.gather(scores)
+        columns = self.process.gather(columns.int())
         once = _first_places(question)
         self.scores[question[once]] = scores[once]
         self.columns[question[once]] = columns[once]
+
+    def _remembered(self, question: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [B, K] the places and scores to keep of questions [B] that now have scores present [B, E]."""
+        num = self.scores.shape[1]
+        best = best_columns(present, num)
+        now = present.gather(1, best)
+        before = self.scores[question]
+        was_asked = ~before[:, :1].isnan()
+        if self.decay == 0.0 or not bool(was_asked.any()):
+            return best, now
+        old = self.columns[question].long()
+        averaged = self.decay * before + (1.0 - self.decay) * present.gather(1, old)
+        averaged = torch.where(was_asked, averaged, -torch.inf)
+        is_old = (best[:, :, None] == old[:, None, :]).any(2) & was_asked
+        scores = torch.cat([averaged, now.masked_fill(is_old, -torch.inf)], 1)
+        kept, place = scores.topk(num, dim=1)
+        return torch.cat([old, best], 1).gather(1, place), kept
 
     def _questions(self, rows: NDArray[np.int64]) -> Tensor:
         return self.questions[torch.from_numpy(rows).to(self.questions.device)]

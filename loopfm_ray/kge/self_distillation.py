@@ -13,14 +13,22 @@ same loss is distillation from that teacher.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor
 from torch.nn import functional
 
 from loopfm_ray.config import Config
+from loopfm_ray.errors import ConfigError
 from loopfm_ray.kge.backbone import KgeModel
 from loopfm_ray.kge.best import best_columns
 from loopfm_ray.kge.confidence import (
@@ -35,7 +43,13 @@ from loopfm_ray.kge.confidence import (
     gate_loss,
     standardized,
 )
-from loopfm_ray.kge.memory import AverageConfig, Knowledge, MemoryConfig, make_memory
+from loopfm_ray.kge.memory import (
+    AverageConfig,
+    Knowledge,
+    MemoryConfig,
+    averaged_model,
+    make_memory,
+)
 from loopfm_ray.kge.objectives import Asked, Objective
 from loopfm_ray.kge.processes import ALONE, Process, sum_gradients
 
@@ -87,6 +101,18 @@ class SelfDistillationConfig(Config):
     """Epochs over which the weight then grows in equal steps."""
     num_candidates: PositiveInt | None = 64
     """K: of the scores of a question, those that were best before, with the asked answer; null takes all."""
+    serves: Literal["student", "average"] = "student"
+    """Whose weights are validated and kept: the model's that learns, or with `memory.kind: average` those of its average, the teacher (as
+    in mean teacher, arXiv 1703.01780). With a weight of 0 that is weight averaging alone."""
+
+    @model_validator(mode="after")
+    def _has_average(self) -> Self:
+        if self.serves == "average" and not isinstance(self.memory, AverageConfig):
+            raise ConfigError(
+                f"distillation.serves is average and memory.kind {self.memory.kind}: only memory.kind average keeps one; set"
+                " it, or serve the student"
+            )
+        return self
 
 
 class SelfDistillation:
@@ -122,6 +148,12 @@ class SelfDistillation:
         if isinstance(config.confidence, SemanticConfig):
             self.gate = SemanticModule(config.confidence.hidden).to(model.entity.device)
             self._adam = torch.optim.Adam(self.gate.parameters(), lr=config.confidence.lr)
+
+    def served(self, model: KgeModel) -> KgeModel:
+        """Return the model whose weights are validated and kept: `model`, which learns, or its average."""
+        if self.config.serves == "student":
+            return model
+        return averaged_model(self.memory)
 
     def weight_at(self, epoch: int) -> float:
         """Return w in an epoch, the first of which is 0."""

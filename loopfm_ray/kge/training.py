@@ -258,7 +258,8 @@ def _evaluate(
     state: KgeState, graph: TripleSet, known: KnownFacts, loss: float, process: Process
 ) -> None:
     """Rank the validation triples, note the point, and keep the weights if they are the best."""
-    model, progress = state.model, state.progress
+    progress = state.progress
+    model = state.model if state.distillation is None else state.distillation.served(state.model)
     ranks = _rank_together(model, graph, known, process)
     mrr = summarize_ranks(ranks).mrr
     progress.curve.append(KgePoint(progress.epoch, loss, mrr, progress.train_s))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loopfm_ray.report import words
-from loopfm_ray.report.parts import figure
+from loopfm_ray.report.parts import figure, markdown_row
 
 __all__ = ["stream_figures", "stream_tables"]
 
@@ -25,6 +25,7 @@ def stream_figures(
         _gains(summary, colours, shown),
         _calibration(summary, colours, shown),
         *_ne_by_variant(summary, colours, shown),
+        *_gains_by_variant(summary, colours, shown),
     ]
 
 
@@ -41,8 +42,38 @@ def stream_tables(summary: Mapping[str, Any], shown: Shown) -> list[str]:
         text = "" if gain is None else words.format_share(gain, 2, signed=True)
         values = (words.format_number(of_vertical[name], 3) for name in verticals)
         rows.append(("FM" if arm == "fm" else shown(arm), text, *values))
-    safe = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [*(f"| {' | '.join(row)} |" for row in safe), ""]
+    return [*map(markdown_row, rows), "", *_variant_table(summary, shown)]
+
+
+def _variant_table(summary: Mapping[str, Any], shown: Shown) -> list[str]:
+    """Return a line for each variant: what each arm gains, and the best arm over each; nothing with a single variant."""
+    by_variant = _by_variant(summary)
+    if not by_variant:
+        return []
+    base, best = summary["roles"]["baseline"], summary["roles"]["best"]
+    arms = [arm for arm in next(iter(by_variant.values())) if arm != base]
+    rivals = [arm for arm in arms if arm != best]
+    head = (
+        "variant",
+        *(f"NE gain of {shown(arm)}" for arm in arms),
+        *(f"{shown(best)} over {shown(arm)} (p)" for arm in rivals),
+    )
+    rows = [head, ("---", *("---:" for _ in head[1:]))]
+    for variant, of_arm in by_variant.items():
+        gains = (words.format_share(of_arm[arm]["gain"], 2, signed=True) for arm in arms)
+        over = (
+            f"{words.format_share(of_arm[arm]['best_over'], 2, signed=True)}"
+            f" ({words.format_small(of_arm[arm]['p_best_over'])})"
+            for arm in rivals
+        )
+        rows.append((variant, *gains, *over))
+    return [*map(markdown_row, rows), ""]
+
+
+def _by_variant(summary: Mapping[str, Any]) -> dict[str, dict[str, Json]]:
+    """Return `ne_by_variant`, or nothing where there is a single variant, or a summary from before it was kept."""
+    found: dict[str, dict[str, Json]] = summary.get("ne_by_variant", {})
+    return found if len(found) > 1 else {}
 
 
 def _gains(summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown) -> Json:
@@ -116,3 +147,36 @@ def _ne_by_variant(
         )
     caption = "Mean progressive NE over verticals and seeds; lower is better."
     return [figure("ne-variants", "NE by variant", caption, data, {"xaxis": {"type": "category"}})]
+
+
+def _gains_by_variant(
+    summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown
+) -> list[Json]:
+    """Return what every arm gains over the baseline in each variant; none with a single variant."""
+    by_variant, base = _by_variant(summary), summary["roles"]["baseline"]
+    if not by_variant:
+        return []
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": html.escape(shown(arm)),
+            "x": [html.escape(variant) for variant in by_variant],
+            "y": [100 * of_arm[arm]["gain"] for of_arm in by_variant.values()],
+            "error_y": {
+                "type": "data",
+                "array": [100 * (of_arm[arm]["sd"] or 0.0) for of_arm in by_variant.values()],
+            },
+            "line": {"color": colours[arm], "width": 1.5},
+            "marker": {"color": colours[arm], "size": 7},
+            "hovertemplate": "%{x}: %{y:.2f} %",
+        }
+        for arm in next(iter(by_variant.values()))
+        if arm != base
+    ]
+    caption = (
+        f"Gain of the progressive NE over {html.escape(shown(base))} in percent: mean over verticals and seeds, ± one standard"
+        " deviation over the seeds."
+    )
+    layout = {"xaxis": {"type": "category"}}
+    return [figure("gain-variants", "NE gain by variant", caption, data, layout)]

@@ -8,6 +8,7 @@ from loopfm_ray.analysis.cells import (
     headline,
     join_seeds,
     read_cells,
+    stream_gains,
     stream_headline,
 )
 from loopfm_ray.errors import MetricError
@@ -163,6 +164,45 @@ def test_a_stream_is_summed_up_by_method_and_vertical():
     # the transfer ratio of a vertical is of the FM on its own rows
     assert trees[-1]["transfer_ratio_per_seed"]["0"] == pytest.approx(0.10 / 0.20)
     assert trees[-1]["fm_per_seed"]["0"]["ne"] == pytest.approx(0.80)
+
+
+def test_a_stream_tells_what_each_arm_gains_in_each_variant():
+    trees, _ = stream_trees()
+    better = [
+        {
+            **tree,
+            "variant": "other",
+            "per_seed": {
+                seed: {**test, "ne": test["ne"] - 0.3 * (tree["arm"] == "kd")}
+                for seed, test in tree["per_seed"].items()
+            },
+        }
+        for tree in trees
+    ]
+    found = stream_gains([*trees, *better], ROLES)
+    assert list(found) == ["main", "other"]
+    told = stream_headline(trees, "main", ROLES)
+    for arm, gain in told["ne_gain_by_method"].items():
+        assert found["main"][arm]["gain"] == pytest.approx(gain)
+    of_kd = found["main"]["kd"]
+    by_seed = [(0.02 / 0.90 + 0.02 / 1.00) / 2, (0.01 / 0.92 + 0.01 / 1.02) / 2]
+    assert of_kd["sd"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+    assert of_kd["best_over"] == pytest.approx(told["ne_gain_best_over_kd"])
+    assert of_kd["p_best_over"] == pytest.approx(told["p_ne_gain_best_over_kd"])
+    assert found["main"]["best"]["best_over"] == 0
+    assert found["other"]["best"] == found["main"]["best"]
+    assert found["other"]["kd"]["gain"] == pytest.approx(
+        sum([0.32 / 0.90, 0.31 / 0.92, 0.32 / 1.00, 0.31 / 1.02]) / 4
+    )
+    assert found["other"]["kd"]["best_over"] < 0
+
+
+def test_one_seed_has_no_spread():
+    trees, _ = stream_trees()
+    one = [{**tree, "per_seed": {"0": tree["per_seed"]["0"]}} for tree in trees]
+    found = stream_gains(one, ROLES)["main"]["kd"]
+    assert found["sd"] is None
+    assert found["p_best_over"] is None
 
 
 def test_a_summary_of_a_stream_read_back_gives_itself():

@@ -38,6 +38,7 @@ MEMORIES = {
     "average": {"kind": "average", "decay": 0.9},
     "snapshot": {"kind": "snapshot", "every": 2},
     "last_visit": {"kind": "last_visit", "num_kept": 4},
+    "visits": {"kind": "last_visit", "num_kept": 4, "decay": 0.6},
 }
 
 
@@ -221,6 +222,63 @@ def test_the_last_visit_is_remembered_by_question(loss):
     torch.testing.assert_close(memory.recall(again).scores, again.scores.detach().topk(4).values)
 
 
+@pytest.mark.parametrize("loss", ["one_vs_all", "k_vs_all"])
+def test_visits_are_averaged_question_by_question(loss):
+    """A twin in dictionaries: what was kept is averaged, what was not counts as it is now, the best of both are kept."""
+    graph = random_graph()
+    model, objective = model_of(graph), make_objective(graph, LOSSES[loss])
+    memory = make_memory(config_of(memory=MEMORIES["visits"]).memory, model, objective, None)
+    generator, kept = np.random.default_rng(0), {}
+    for _ in range(6):
+        rows = generator.permutation(objective.num_rows)
+        for batch in np.array_split(rows, 3):
+            asked, _ = objective.ask(model, batch, generator)
+            memory.after_step(model, asked)
+            questions = objective.question_of_rows()[asked.rows].tolist()
+            for row, question in enumerate(questions):
+                if question in questions[:row]:
+                    continue
+                scores, before = asked.scores[row].tolist(), kept.get(question, {})
+                best = sorted(range(len(scores)), key=lambda place: -scores[place])[:4]
+                found = {place: scores[place] for place in best}
+                found |= {place: 0.6 * old + 0.4 * scores[place] for place, old in before.items()}
+                chosen = sorted(found, key=lambda place: -found[place])[:4]
+                kept[question] = {place: found[place] for place in chosen}
+        with torch.no_grad():
+            model.entity.add_(0.3 * torch.randn_like(model.entity))
+    asked, _ = objective.ask(model, np.arange(objective.num_rows), generator)
+    known = memory.recall(asked)
+    for row, question in enumerate(objective.question_of_rows().tolist()):
+        mine = dict(zip(known.columns[row].tolist(), known.scores[row].tolist(), strict=True))
+        assert mine.keys() == kept[question].keys()
+        assert mine == pytest.approx(kept[question], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["complex", "tucker"])
+def test_the_average_is_served_where_that_is_asked_for(name, tmp_path):
+    tree = {"memory": MEMORIES["average"], "weight": 0.0, "serves": "average"}
+    plain = fit(name)
+    seen = []
+
+    def watch(epoch, loss):
+        seen.append(epoch)
+        if epoch == 3 and len(seen) == 3:
+            raise KeyboardInterrupt
+
+    served = fit(name, distillation=tree)
+    assert not same_bits(plain, served)
+    assert [point.loss for point in served.curve] == [point.loss for point in plain.curve]
+    assert not served.model.training
+    # whatever is served, the same is learnt
+    still = {**tree, "memory": {"kind": "average", "decay": 0.0}}
+    assert same_bits(plain, fit(name, distillation=still))
+    with pytest.raises(KeyboardInterrupt):
+        fit(name, tmp_path / "state.pt", watch, distillation=tree)
+    rest = fit(name, tmp_path / "state.pt", distillation=tree)
+    assert same_bits(served, rest)
+    assert served.curve == rest.curve
+
+
 @pytest.mark.parametrize("memory", ["average", "snapshot"])
 def test_a_memory_is_one_copy_of_the_weights(memory):
     graph = random_graph()
@@ -272,6 +330,7 @@ def test_with_no_weight_the_model_is_the_plain_one():
     [
         ("complex", "last_visit"),
         ("complex", "average"),
+        ("complex", "visits"),
         ("tucker", "average"),  # batch norm and dropout
         ("simple", "last_visit"),
         ("rotate", "snapshot"),
@@ -332,6 +391,8 @@ def test_memories_that_do_not_fit_are_refused():
         fit("complex", distillation={}, teacher=teacher)
     with pytest.raises(ConfigError, match=r"train\.distillation is null"):
         fit("complex", teacher=teacher)
+    with pytest.raises(ConfigError, match=r"serves is average and memory\.kind last_visit"):
+        fit("complex", distillation={"memory": MEMORIES["visits"], "serves": "average"})
     other = model_of(random_graph())
     with pytest.raises(ConfigError, match="train the teacher on the same graph"):
         fit("complex", distillation={"memory": {"kind": "teacher"}}, teacher=other)

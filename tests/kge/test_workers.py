@@ -25,6 +25,10 @@ CASES = {
         "complex",
         {"distillation": {**CSD, "memory": {"kind": "last_visit", "num_kept": 4}}},
     ),
+    "visits": (
+        "complex",
+        {"distillation": {**CSD, "memory": {"kind": "last_visit", "num_kept": 4, "decay": 0.5}}},
+    ),
     "last_visit_from_the_start": (
         "simple",
         {"distillation": {**CSD, "begin_epoch": 0, "memory": {"kind": "last_visit"}}},

@@ -122,6 +122,20 @@ def stream_summary():
         "max_p_ne_kd_loopfm_over_kd": 0.0004,
         "ne_gain_by_method": arms,
         "calibration_by_method": {arm: {"deepfm": 1.01, "din": 0.98} for arm in (*arms, "fm")},
+        "ne_by_variant": {
+            variant: {
+                arm: {
+                    "gain": times * gain,
+                    "sd": 0.001,
+                    "best_over": 0.05 - gain,
+                    "p_best_over": 0.02,
+                }
+                for arm, gain in arms.items()
+            }
+            for times, variant in enumerate(
+                dict.fromkeys(cell["variant"] for cell in summary["cells"]), 1
+            )
+        },
     }
 
 
@@ -137,6 +151,14 @@ def test_parts_of_the_test_window_that_nobody_measured_have_no_column():
     assert "short and long" not in render_grid(summary)
 
 
+def test_a_stream_in_one_variant_has_no_table_of_variants():
+    summary = stream_summary()
+    summary["cells"] = [cell for cell in summary["cells"] if cell["variant"] == "main"]
+    summary["ne_by_variant"] = {"main": summary["ne_by_variant"]["main"]}
+    assert "over VM + KD (p)" not in render_markdown(summary)
+    assert "gain-variants" not in render_grid(summary)
+
+
 def test_a_stream_shows_its_gains_and_its_calibration():
     summary = stream_summary()
     assert headline(summary) == (
@@ -145,13 +167,20 @@ def test_a_stream_shows_its_gains_and_its_calibration():
     )
     page = render_grid(summary)
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
-    assert set(figures) == {"auc", "variants-0", "variants-1", "ne-gain", "calibration", "ne-variants"}  # fmt: skip
+    assert set(figures) == {"auc", "variants-0", "variants-1", "ne-gain", "calibration", "ne-variants", "gain-variants"}  # fmt: skip
     assert figures["ne-gain"]["data"][0]["y"] == pytest.approx([0.4, 5.0, 1.0])
     assert [trace["name"] for trace in figures["calibration"]["data"]][-1] == "FM"
     assert "+4.61 %" in page
     text = render_markdown(summary)
     assert "| VM + KD + LoopFM | +5.00 % | 1.010 | 0.980 |" in text
     assert "| FM |  | 1.010 | 0.980 |" in text
+    small = "2.0 × 10⁻²"
+    assert f"| main | +0.40 % | +5.00 % | +1.00 % | +4.60 % ({small}) | +4.00 % ({small}) |" in text
+    assert "| <b>short</b> | +0.80 % | +10.00 % | +2.00 % |" in text
+    traces = {trace["name"]: trace for trace in figures["gain-variants"]["data"]}
+    assert "VM" not in traces
+    assert traces["VM + KD"]["y"] == pytest.approx([0.4, 0.8])
+    assert traces["VM + KD"]["error_y"]["array"] == pytest.approx([0.1, 0.1])
     tables = [part.splitlines() for part in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
     for lines in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
