@@ -15,14 +15,13 @@ import numpy as np
 import ray
 import ray.train
 from numpy.typing import NDArray
-from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.jobs.checkpoints import KEY, RayCheckpoints
 from loopfm_ray.jobs.cluster import connect
 from loopfm_ray.jobs.mapping import Progress, RayMapper, silent, unwrap, watch
-from loopfm_ray.jobs.training import Worker, run_config
+from loopfm_ray.jobs.training import Worker, run_config, scaling_config
 from loopfm_ray.kge.backbone import KgeModel
 from loopfm_ray.kge.checkpoint import CheckpointFile, KgeState, load_kge_state, save_kge_state
 from loopfm_ray.kge.embed import KgeRunConfig, embed_graph
@@ -137,14 +136,12 @@ def train_on_ray(
         JobError: the workers failed otherwise.
     """
     check_workers(job.backbone, job.config)
-    _check_room(job.config.num_workers)
+    scaling = scaling_config("train.num_workers", job.config.num_workers)
     _take_folder(job, training_key(graph, job.backbone, job.config, teacher))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "data": ray.put((graph, teacher))},
-        scaling_config=ScalingConfig(
-            num_workers=job.config.num_workers, resources_per_worker={"CPU": 1.0}
-        ),
+        scaling_config=scaling,
         run_config=run_config(job.folder, "train"),
     )
     try:
@@ -244,16 +241,6 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _folder(checkpoint: Path) -> Path:
     return checkpoint.absolute().with_suffix(".workers")  # workers run in other folders
-
-
-def _check_room(num_workers: int) -> None:
-    """Check that the workers have a CPU each: Ray would wait for ever."""
-    cpus = ray.cluster_resources().get("CPU", 0)
-    if num_workers > cpus:
-        raise ConfigError(
-            f"train.num_workers is {num_workers} and the cluster has {cpus:g} CPUs; raise ray.num_cpus, which are logical, or"
-            " take fewer"
-        )
 
 
 def _take_folder(job: KgeJob, key: str) -> None:

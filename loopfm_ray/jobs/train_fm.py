@@ -127,6 +127,7 @@ def train_fms(
     this machine. The parent of an FM is there, or comes before it.
 
     Raises:
+        ConfigError: the cluster has not as many CPUs or GPUs as workers are asked for.
         LoopFMError: what a worker raised; it names the FM.
         JobError: the workers failed otherwise.
     """
@@ -137,7 +138,9 @@ def train_fms(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"jobs": tuple(jobs)},
-        scaling_config=scaling_config(learning),
+        scaling_config=scaling_config(
+            "fm.learning.num_workers", learning.num_workers, use_gpu=learning.use_gpu
+        ),
         run_config=run_config(checkpoints, "train"),
         datasets={
             _name(job, rank): _dataset(data, job, rank)

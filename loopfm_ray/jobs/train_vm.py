@@ -114,7 +114,9 @@ def _fit(jobs: Sequence[VmJob], checkpoints: Location) -> None:
     TorchTrainer(
         _worker,
         train_loop_config={"jobs": tuple(jobs)},
-        scaling_config=scaling_config(learning),
+        scaling_config=scaling_config(
+            "learning.num_workers", learning.num_workers, use_gpu=learning.use_gpu
+        ),
         run_config=run_config(checkpoints, "train"),
     ).fit()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed
@@ -24,6 +25,7 @@ from loopfm_ray.data.collate import Batch, Collator
 from loopfm_ray.data.examples import ExampleFile, Rows, iterate_rows
 from loopfm_ray.data.windows import StepPlan, rechunk, shuffle_windows
 from loopfm_ray.distill.heads import AuxiliaryVm
+from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import LearningConfig
 from loopfm_ray.jobs.checkpoints import KEY, Checkpoints, RayCheckpoints
 from loopfm_ray.store.filesystem import Location, absolute
@@ -70,6 +72,7 @@ _STATE, _TABLES = "state", "tables"
 _FINISHED = "finished"
 _BLOCK_ROWS = 65_536
 _EVAL_ROWS = 4096
+_LOOPBACK = "127.0.0.1"
 
 OnEvaluation = Callable[[int, dict[str, float]], None]
 """Told the number of each validation but the last, from 1, and what it found."""
@@ -120,12 +123,28 @@ class Task:
     on_evaluation: OnEvaluation | None = None
 
 
-def scaling_config(learning: LearningConfig) -> ScalingConfig:
-    """Return the workers that a training asks for."""
-    resources = {"CPU": 1.0, **({"GPU": 1.0} if learning.use_gpu else {})}
-    return ScalingConfig(
-        num_workers=learning.num_workers, use_gpu=learning.use_gpu, resources_per_worker=resources
-    )
+def scaling_config(setting: str, num_workers: int, *, use_gpu: bool = False) -> ScalingConfig:
+    """Return the workers that a training asks for, each with a CPU, or a CPU and a GPU.
+
+    Args:
+        setting: what `num_workers` is called in the config.
+        num_workers: how many.
+        use_gpu: whether each gets a GPU.
+
+    Raises:
+        ConfigError: the cluster is of this machine alone and has not as many: Ray would wait for ever. Others may grow.
+    """
+    resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
+    there = ray.cluster_resources()
+    is_of_one_machine = all(node["NodeManagerAddress"] == _LOOPBACK for node in ray.nodes())
+    for name, each in resources.items():
+        if is_of_one_machine and num_workers * each > there.get(name, 0.0):
+            remedy = " raise ray.num_cpus, which are logical, or" if name == "CPU" else ""
+            raise ConfigError(
+                f"{setting} is {num_workers} and the cluster has {there.get(name, 0.0):g} {name}s, one of which each worker"
+                f" needs;{remedy} take fewer workers"
+            )
+    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources)
 
 
 def run_config(checkpoints: Location, name: str) -> RunConfig:

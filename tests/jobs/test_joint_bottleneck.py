@@ -110,6 +110,7 @@ def ray(prepared, tmp_path, monkeypatch):
         return file_blocks(files, fm_job.splits.fm_train, columns)
 
     monkeypatch.setattr(job, "TorchTrainer", found.trainer)
+    monkeypatch.setattr(job, "scaling_config", lambda *_, **__: None)
     monkeypatch.setattr(job, "_dataset", lambda data, fm_job, rank: None)
     monkeypatch.setattr(job, "_blocks", blocks)
     monkeypatch.setattr(materialize, "_run", embed_here)
