@@ -12,6 +12,7 @@ from loopfm_ray.data.collate import Batch, History
 from loopfm_ray.errors import ConfigError, ShapeError
 from loopfm_ray.models.ages import NUM_AGE_FEATURES, age_features
 from loopfm_ray.models.embeddings import EmbeddingTables
+from loopfm_ray.models.hstu import HstuBody
 from loopfm_ray.models.layers import TargetAttention, masked_mean, masked_sum
 from loopfm_ray.models.sequences import AugruBody, DinBody, GruBody, TransformerBody
 
@@ -24,6 +25,7 @@ __all__ = [
     "GruConfig",
     "HistoryBody",
     "HistoryEncoder",
+    "HstuConfig",
     "PoolBody",
     "PoolConfig",
     "RawEvents",
@@ -73,16 +75,13 @@ class GruConfig(Config):
     """Width of the state."""
 
 
-class TransformerConfig(Config):
-    """Self-attention among the events, read out by the candidate. arXiv 1905.06874."""
+class _BlocksConfig(Config):
+    """What encoders with self-attention have in common."""
 
-    kind: Literal["transformer"] = "transformer"
     width: PositiveInt = 32
     """Width of an event inside; a multiple of `num_heads`."""
     num_heads: PositiveInt = 2
     """Heads of each block, and of the read-out."""
-    num_layers: PositiveInt = 1
-    """Blocks; one was best in the paper."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside the blocks."""
 
@@ -96,7 +95,25 @@ class TransformerConfig(Config):
         return self
 
 
-AnyEncoderConfig = AttentionConfig | PoolConfig | DinUnitConfig | GruConfig | TransformerConfig
+class TransformerConfig(_BlocksConfig):
+    """Self-attention among the events, read out by the candidate. arXiv 1905.06874."""
+
+    kind: Literal["transformer"] = "transformer"
+    num_layers: PositiveInt = 1
+    """Blocks; one was best in the paper."""
+
+
+class HstuConfig(_BlocksConfig):
+    """Self-attention without softmax, gated, placed by order and time, read out by the candidate; for long histories. arXiv 2402.17152."""
+
+    kind: Literal["hstu"] = "hstu"
+    num_layers: PositiveInt = 2
+    """Layers."""
+
+
+AnyEncoderConfig = (
+    AttentionConfig | PoolConfig | DinUnitConfig | GruConfig | TransformerConfig | HstuConfig
+)
 EncoderConfig = Annotated[AnyEncoderConfig, Field(discriminator="kind")]
 
 
@@ -251,8 +268,9 @@ def _build_body(config: AnyEncoderConfig, query_dim: int, value_dim: int) -> His
         return PoolBody(value_dim, config.hidden, config.kind == "sum")
     if isinstance(config, DinUnitConfig):
         return DinBody(query_dim, value_dim, config.hidden, config.activation, config.has_softmax)
-    if isinstance(config, TransformerConfig):
-        return TransformerBody(
+    if isinstance(config, TransformerConfig | HstuConfig):
+        body = TransformerBody if isinstance(config, TransformerConfig) else HstuBody
+        return body(
             query_dim, value_dim, config.width, config.num_heads, config.num_layers, config.dropout
         )
     if config.kind == "augru":

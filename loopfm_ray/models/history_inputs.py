@@ -43,7 +43,7 @@ class SideConfig(Config):
     """What is known of a past event beside the event itself; put beside its vector before it is encoded."""
 
     age: bool = False
-    """The age at the request, as smooth features. The encoders `attention` and `transformer` have it in any case."""
+    """The age at the request, as smooth features. The encoders `attention`, `transformer` and `hstu` have it in any case."""
     label: bool = False
     """The event's label if it was known at the request: unknown, negative or positive."""
     num_event_types: NonNegativeInt = 0

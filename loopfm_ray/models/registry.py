@@ -54,6 +54,7 @@ ENCODERS: Mapping[str, Builder] = {
     "augru": build_encoder,
     "din": build_encoder,
     "gru": build_encoder,
+    "hstu": build_encoder,
     "mean": build_encoder,
     "sum": build_encoder,
     "transformer": build_encoder,

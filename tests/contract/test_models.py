@@ -19,6 +19,7 @@ from loopfm_ray.models.histories import (
     AttentionConfig,
     DinUnitConfig,
     GruConfig,
+    HstuConfig,
     PoolConfig,
     TransformerConfig,
 )
@@ -43,6 +44,7 @@ ENCODER_ROWS = {
     "augru": GruConfig(kind="augru", hidden=4),
     "din": DinUnitConfig(hidden=(6,)),
     "gru": GruConfig(kind="gru", hidden=4),
+    "hstu": HstuConfig(width=6),
     "mean": PoolConfig(kind="mean"),
     "sum": PoolConfig(kind="sum"),
     "transformer": TransformerConfig(width=6),

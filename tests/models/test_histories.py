@@ -14,6 +14,7 @@ from loopfm_ray.models.histories import (
     AttentionConfig,
     DinUnitConfig,
     GruConfig,
+    HstuConfig,
     PoolConfig,
     TransformerConfig,
     build_encoder,
@@ -27,6 +28,7 @@ from loopfm_ray.models.history_inputs import (
     build_history_reader,
     newest_events,
 )
+from loopfm_ray.models.hstu import _bucket
 from tests.model_inputs import LATENT_DIM, make_batch, make_history
 from tests.oracles import sequences
 
@@ -42,14 +44,18 @@ ENCODERS = {
     "gru": GruConfig(kind="gru", hidden=4),
     "augru": GruConfig(kind="augru", hidden=4),
     "transformer": TransformerConfig(width=8, num_heads=2, num_layers=2),
+    "hstu": HstuConfig(width=8, num_heads=2, num_layers=2),
 }
-ORDERED = ("gru", "augru")
+ORDERED = ("gru", "augru", "hstu")
 
 
 def make(name, value_dim=LATENT_DIM):
     torch.manual_seed(0)
     encoder = build_encoder(ENCODERS[name], QUERY_DIM, value_dim)
     encoder.missing.data.normal_()
+    for key, parameter in encoder.named_parameters():
+        if key.endswith(("by_order", "by_time")):  # they begin at 0
+            parameter.data.normal_()
     return encoder
 
 
@@ -188,6 +194,40 @@ def test_a_transformer_block_equals_its_slow_twin():
     found = body.blocks[0](x, bias)[0, :4]
     expected = torch.stack(sequences.self_attention(body.blocks[0], list(x[0, :4])))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(6, None), (11, 4)])
+def test_an_hstu_layer_equals_its_slow_twin(monkeypatch, length, chunk):
+    if chunk is not None:
+        monkeypatch.setattr("loopfm_ray.models.hstu._CHUNK", chunk)
+    layer = make("hstu").body.layers[1]
+    lengths = [length - 2, 3, 0, length]
+    history = make_history([0], lengths, length=length)
+    x = torch.randn(len(lengths), length, 8, requires_grad=True)
+    found = layer(x, history.age_s, history.mask)
+    for group, num in enumerate(lengths):
+        if num:
+            events, ages = list(x[group, :num]), history.age_s[group, :num].tolist()
+            expected = torch.stack(sequences.hstu(layer, events, ages))
+            torch.testing.assert_close(found[group, :num], expected, rtol=1e-4, atol=1e-5)
+            of_found = torch.autograd.grad(found[group, :num].sum(), x, retain_graph=True)
+            of_expected = torch.autograd.grad(expected.sum(), x)
+            torch.testing.assert_close(of_found, of_expected, rtol=1e-3, atol=1e-5)
+
+
+def test_an_event_of_an_hstu_layer_does_not_see_those_after_it():
+    layer, history = make("hstu").body.layers[0], make_history([0], [7])
+    x = torch.randn(1, 7, 8)
+    later = x.clone()
+    later[0, 4:] = torch.randn(3, 8)
+    before, after = (layer(one, history.age_s, history.mask) for one in (x, later))
+    assert torch.equal(before[0, :4], after[0, :4])
+    assert not torch.isclose(before[0, 4:], after[0, 4:]).all(-1).any()
+
+
+def test_distances_fall_into_powers_of_two():
+    distance = torch.tensor([0.0, 1.0, 2.0, 3.0, 6.0, 7.0, 14.0, 15.0, 86_400.0, 1e12])
+    assert _bucket(distance).tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 16, 31]
 
 
 @pytest.mark.parametrize("name", ["mean", "sum", "gru"])

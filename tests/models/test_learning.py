@@ -15,6 +15,7 @@ from loopfm_ray.models.histories import (
     AttentionConfig,
     DinUnitConfig,
     GruConfig,
+    HstuConfig,
     PoolConfig,
     TransformerConfig,
 )
@@ -121,7 +122,7 @@ def ne_after_training(config, names, epochs=4):
 
 
 NAMES = ("item", "topic", "surface")
-EPOCHS = {"augru": 10, "transformer": 10}
+EPOCHS = {"augru": 10, "hstu": 10, "transformer": 10}
 ENCODER_CONFIGS = {
     "attention": AttentionConfig(num_heads=2),
     "augru": GruConfig(kind="augru", hidden=16),
@@ -129,6 +130,7 @@ ENCODER_CONFIGS = {
     "gru": GruConfig(hidden=16),
     "mean": PoolConfig(),
     "sum": PoolConfig(kind="sum"),
+    "hstu": HstuConfig(width=16),
     "transformer": TransformerConfig(width=16),
 }
 

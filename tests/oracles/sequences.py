@@ -1,5 +1,7 @@
 """Slow twins of the history encoders: one row and one event at a time, straight from the papers' equations."""
 
+import math
+
 import torch
 
 
@@ -80,4 +82,27 @@ def self_attention(block, events):
         x = block.norms[0](x + block.out(torch.cat(found)))
         hidden = torch.nn.functional.leaky_relu(block.up(x))
         out.append(block.norms[1](x + block.down(hidden)))
+    return out
+
+
+def hstu(layer, events, ages):
+    """One HSTU layer on a list of event vectors, oldest first: equations 1 to 3, pair by pair."""
+    silu, heads = torch.nn.functional.silu, layer.num_heads
+    mixed = [silu(layer.mix(x)).view(4, heads, -1) for x in events]  # U, V, Q, K
+    out = []
+    for i, x in enumerate(events):
+        found = []
+        for head in range(heads):
+            total = 0.0
+            for j in range(i + 1):
+                order = int(math.log2(i - j + 1.5))
+                time = int(math.log2(abs(ages[i] - ages[j]) + 1.5))
+                score = mixed[i][2, head] @ mixed[j][3, head]
+                score = score + layer.by_order[order, head] + layer.by_time[time, head]
+                total = total + silu(score) / len(events) * mixed[j][1, head]
+            found.append(total)
+        attended = torch.cat(found)
+        normed = (attended - attended.mean()) / (attended.var(unbiased=False) + 1e-6).sqrt()
+        normed = normed * layer.norm.weight + layer.norm.bias
+        out.append(x + layer.out(normed * mixed[i][0].flatten()))
     return out
