@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ from loopfm_ray.experiment_grid import ExperimentConfig
 from loopfm_ray.experiments import PipelineConfig, VmStageConfig
 from loopfm_ray.kge.embed import KgeRunConfig
 from loopfm_ray.kge.experiment import KgeExperimentConfig
+from loopfm_ray.models.costs import fm_cost
 from loopfm_ray.models.registry import VMS
+from tests.model_inputs import ITEM_FIELDS, SCHEMA
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted((FOLDER / "pipeline").rglob("*.yaml"))
 VM_CONFIGS = sorted((FOLDER / "vm").rglob("*.yaml"))
+FM_CONFIGS = [FOLDER / "fm" / f"{name}.yaml" for name in ("s", "m", "l", "xl", "xxl")]
 KGE_CONFIGS = sorted((FOLDER / "kge").rglob("*.yaml"))
 
 
@@ -205,6 +209,21 @@ def test_a_model_says_how_it_reads_the_histories_that_an_arm_leaves_open():
 def test_an_experiment_that_can_not_work_is_refused(change, expected):
     with pytest.raises((ConfigError, ValidationError), match=expected):
         ExperimentConfig.model_validate({**GRID, **change})
+
+
+def test_the_fm_sizes_differ_in_numbers_alone_and_each_is_larger_than_the_one_before():
+    assert sorted(FM_CONFIGS) == sorted((FOLDER / "fm").rglob("*.yaml"))
+
+    def without_numbers(tree):
+        if isinstance(tree, dict):
+            return {name: without_numbers(value) for name, value in tree.items()}
+        return tree if isinstance(tree, str) else None
+
+    trees = [read_yaml(path) for path in FM_CONFIGS]
+    assert all(without_numbers(tree) == without_numbers(trees[0]) for tree in trees)
+    fms = [load_config(PipelineConfig, CONFIGS[0], [f"fm={path}"]).fm.model for path in FM_CONFIGS]
+    sizes = [fm_cost(fm, SCHEMA, ITEM_FIELDS).num_dense_parameters for fm in fms]
+    assert all(2 * before < after for before, after in pairwise(sizes))
 
 
 @pytest.mark.parametrize("path", VM_CONFIGS, ids=lambda path: path.stem)

@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import Rows, rows_of
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.data.schema import Kind, Side
+from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits, format_ts
 from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
 from loopfm_ray.errors import LoopFMError
@@ -37,6 +37,7 @@ from loopfm_ray.jobs.training import (
     score_rows,
     train,
 )
+from loopfm_ray.models.costs import RequestShape, fm_cost
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.models.joint import build_joint
 from loopfm_ray.models.sharded.config import table_factory
@@ -270,6 +271,7 @@ def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:
             "rows_per_s": report.rows_per_s * worker.world_size,
             "train_s": report.seconds,
             "num_parameters": sum(value.numel() for value in model.parameters()),
+            **_cost(job, schema, item_fields),
         }
         spec = FmSpec(
             trained_until_ts=job.splits.fm.stop_ts - 1,
@@ -291,6 +293,16 @@ def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:
             num_rows=sum(job.plan.num_rows),
             curves=curves,
         )
+
+
+def _cost(job: FmJob, schema: FeatureSchema, item_fields: Sequence[str]) -> dict[str, float]:
+    """Return what the FM costs on one example with a full history."""
+    shape = RequestShape(num_candidates=1, history_len=job.settings.raw_max_len)
+    cost = fm_cost(job.config.model, schema, item_fields, shape)
+    return {
+        "num_table_parameters": cost.num_table_parameters,
+        "flops_per_row": cost.flops_per_row,
+    }
 
 
 def _blocks(job: FmJob, rank: int) -> Iterator[Rows]:

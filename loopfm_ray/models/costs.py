@@ -1,19 +1,21 @@
-"""What a VM costs: its parameters, and the arithmetic of one scored row."""
+"""What a model costs: its parameters, and the arithmetic of one scored row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from loopfm_ray.data.batch import Batch, History
 from loopfm_ray.data.schema import FeatureSchema
 from loopfm_ray.models.embeddings import FieldEmbeddings
-from loopfm_ray.models.history_inputs import HistoryInputs
+from loopfm_ray.models.foundation import FmConfig, build_fm
+from loopfm_ray.models.history_inputs import HistoryInputs, RawHistoryConfig
 from loopfm_ray.models.vertical import VerticalModel
 
-__all__ = ["RequestShape", "VmCost", "request_batch", "vm_cost"]
+__all__ = ["ModelCost", "RequestShape", "fm_cost", "request_batch", "vm_cost"]
 
 
 # Any: a size, and what else the operator takes
@@ -38,8 +40,8 @@ class RequestShape:
 
 
 @dataclass(frozen=True)
-class VmCost:
-    """The cost of a VM."""
+class ModelCost:
+    """The cost of an FM or a VM."""
 
     num_parameters: int
     num_table_parameters: int
@@ -61,7 +63,7 @@ def vm_cost(
     item_fields: Sequence[str] = (),
     latent_dim: int | None = None,
     shape: RequestShape | None = None,
-) -> VmCost:
+) -> ModelCost:
     """Return the cost of a VM, its operations counted while it scores one request.
 
     Args:
@@ -74,16 +76,46 @@ def vm_cost(
     """
     shape = shape or RequestShape()
     batch = request_batch(schema, history, item_fields, latent_dim, shape)
-    tables = [part for part in model.modules() if isinstance(part, FieldEmbeddings)]
     was_training = model.training
-    model.eval()
+    found = _cost(model.eval(), batch)
+    model.train(was_training)
+    return found
+
+
+def fm_cost(
+    config: FmConfig,
+    schema: FeatureSchema,
+    item_fields: Sequence[str] = (),
+    shape: RequestShape | None = None,
+) -> ModelCost:
+    """Return the cost of an FM from its config alone: nothing is allocated, whatever its size.
+
+    Args:
+        config: the FM.
+        schema: its fields and tasks.
+        item_fields: the columns of its raw history; empty when there is none.
+        shape: how many candidates and events a request has.
+
+    Raises:
+        ConfigError: a history field is not among `item_fields`.
+    """
+    shape = shape or RequestShape(num_candidates=1)
+    with torch.device("meta"):
+        model = build_fm(config, schema, item_fields).eval()
+        raw = HistoryInputs.of(raw=RawHistoryConfig()) if model.events is not None else None
+        batch = request_batch(schema, raw or HistoryInputs(), item_fields, None, shape)
+    return _cost(model, batch)
+
+
+def _cost(model: nn.Module, batch: Batch) -> ModelCost:
+    """Return the cost of scoring a batch with a model in evaluation."""
+    tables = [part for part in model.modules() if isinstance(part, FieldEmbeddings)]
     with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter, torch.no_grad():
         model(batch)
-    model.train(was_training)
-    return VmCost(
+    return ModelCost(
         num_parameters=sum(weight.numel() for weight in model.parameters()),
         num_table_parameters=sum(table.weight.numel() for table in tables),
-        flops_per_row=counter.get_total_flops() / shape.num_candidates,
+        flops_per_row=counter.get_total_flops() / len(batch),
     )
 
 

@@ -5,9 +5,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loopfm_ray.models.costs import RequestShape, vm_cost
+from loopfm_ray.models.costs import RequestShape, fm_cost, vm_cost
 from loopfm_ray.models.dnn import DnnConfig
-from loopfm_ray.models.histories import DinUnitConfig, GruConfig, PoolConfig, TransformerConfig
+from loopfm_ray.models.foundation import FmConfig, build_fm
+from loopfm_ray.models.histories import (
+    AttentionConfig,
+    DinUnitConfig,
+    GruConfig,
+    HstuConfig,
+    PoolConfig,
+    TransformerConfig,
+)
 from loopfm_ray.models.registry import VMS, build_vm
 from tests.contract.test_models import VM_ROWS
 from tests.model_inputs import ITEM_FIELDS, LATENT_DIM, SCHEMA, histories
@@ -78,3 +86,26 @@ def test_every_vm_has_a_cost(kind):
     found = cost(VM_ROWS[kind])
     assert found.flops_per_row > 0
     assert found.num_dense_parameters > 0
+
+
+@pytest.mark.parametrize("encoder", [AttentionConfig(), HstuConfig(width=8), GruConfig()])
+def test_the_cost_of_an_fm_is_that_of_the_built_one(encoder):
+    config = FmConfig(embed_dim=3, hidden=(6,), history_dim=4, encoder=encoder)
+    found = fm_cost(config, SCHEMA, ITEM_FIELDS, SHAPE)
+    built = build_fm(config, SCHEMA, ITEM_FIELDS)
+    assert found.num_parameters == sum(value.numel() for value in built.parameters())
+    assert found.num_table_parameters == built.features.embeddings.weight.numel()
+    longer = fm_cost(config, SCHEMA, ITEM_FIELDS, RequestShape(10, 40, 3))
+    assert longer.flops_per_row > found.flops_per_row
+
+
+def test_an_fm_without_history_costs_its_mlp_and_its_cross_layers():
+    config = FmConfig(embed_dim=3, hidden=(6,), has_history=False, cross_layers=1, cross_rank=2)
+    found = fm_cost(config, SCHEMA, ITEM_FIELDS, SHAPE)
+    cross = mlp(FLAT, 2, FLAT)
+    assert found.flops_per_row == mlp(FLAT, 6) + cross + mlp(6 + FLAT, 2) + 2 * 3 * 3
+
+
+def test_a_large_fm_takes_no_memory_to_measure():
+    config = FmConfig(embed_dim=1024, hidden=(1 << 20,), history_dim=64)
+    assert fm_cost(config, SCHEMA, ITEM_FIELDS).num_dense_parameters > 4e9
