@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from loopfm_ray.data.examples import ExampleSet
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.vocabulary import Vocabulary
+from loopfm_ray.data.windows import Learnable
 from loopfm_ray.errors import StoreError
 from loopfm_ray.store.cache import Version, open_version
 from loopfm_ray.store.filesystem import Location
 from loopfm_ray.store.manifest import Manifest
 from loopfm_ray.store.tables import map_ipc
+from loopfm_ray.types import TimeRange
 
 __all__ = ["EntityTable", "PreparedData", "read_entities", "read_histories", "read_history"]
 
@@ -114,6 +116,11 @@ class PreparedData:
             for field in self.schema.fields
         )
         return replace(self.schema, fields=fields)
+
+    def learnable(self, time_range: TimeRange, until_ts: int) -> Learnable:
+        """Return which rows of a range a model may learn from that is trained until `until_ts`."""
+        num_items = self.vocabulary(Side.ITEM.value).cardinality_as_of(until_ts)
+        return Learnable(time_range, until_ts, num_items)
 
     def events(self, bucket: int) -> Table:
         """Return the history events of one bucket, memory mapped; it has no rows where the bucket has no users.

@@ -22,10 +22,11 @@ from loopfm_ray.errors import ConfigError
 from loopfm_ray.types import TimeRange
 
 __all__ = [
+    "Learnable",
     "StepPlan",
     "assign_buckets",
-    "count_known",
-    "keep_known",
+    "count_learnable",
+    "keep_learnable",
     "plan_steps",
     "rechunk",
     "shuffle_requests",
@@ -97,26 +98,48 @@ def assign_buckets(sizes: Sequence[int], num_workers: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def count_known(
-    files: Sequence[ExampleFile], time_range: TimeRange, known_by_ts: int
-) -> dict[int, int]:
-    """Return by bucket the rows of `time_range` whose label was known at `known_by_ts`: those that may be trained on."""
+@dataclass(frozen=True)
+class Learnable:
+    """Which rows a model may learn from that is trained until a moment: `PreparedData.learnable` makes it.
+
+    A row of an item that had not been met by then is a negative that was drawn from what came later in its period: the item is
+    unknown to the model, and so all that it would learn from such rows is that new items are not bought.
+    """
+
+    time_range: TimeRange
+    until_ts: int
+    num_items: int
+    """Ids of items that had been met, 0 included."""
+
+    columns = ("event_ts", "label_ts", "item")
+    """What `mask` reads."""
+
+    def mask(self, rows: Rows) -> NDArray[np.bool_]:
+        """Return [n] which rows lie in the range, with an item and a label that were known by then."""
+        event_ts = rows["event_ts"]
+        kept: NDArray[np.bool_] = event_ts >= self.time_range.start_ts
+        kept &= event_ts < self.time_range.stop_ts
+        kept &= rows["label_ts"] <= self.until_ts
+        kept &= rows["item"] < self.num_items
+        return kept
+
+
+def count_learnable(files: Sequence[ExampleFile], learnable: Learnable) -> dict[int, int]:
+    """Return by bucket the rows that may be trained on."""
     fetch(files)
     counts: dict[int, int] = {}
     for file in files:
-        rows = read_rows([file], time_range, columns=["label_ts"])
+        rows = read_rows([file], learnable.time_range, columns=Learnable.columns)
         counts[file.bucket] = counts.get(file.bucket, 0) + int(
-            np.count_nonzero(rows["label_ts"] <= known_by_ts)
+            np.count_nonzero(learnable.mask(rows))
         )
     return counts
 
 
-def keep_known(blocks: Iterable[Rows], time_range: TimeRange, known_by_ts: int) -> Iterator[Rows]:
-    """Yield the rows of each block that `count_known` counts."""
+def keep_learnable(blocks: Iterable[Rows], learnable: Learnable) -> Iterator[Rows]:
+    """Yield the rows of each block that `count_learnable` counts."""
     for rows in blocks:
-        event_ts = rows["event_ts"]
-        kept = (event_ts >= time_range.start_ts) & (event_ts < time_range.stop_ts)
-        kept &= rows["label_ts"] <= known_by_ts
+        kept = learnable.mask(rows)
         yield rows if kept.all() else {name: values[kept] for name, values in rows.items()}
 
 

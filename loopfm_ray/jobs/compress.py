@@ -10,7 +10,7 @@ from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import Rows, iterate_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.split import Splits
-from loopfm_ray.data.windows import keep_known
+from loopfm_ray.data.windows import keep_learnable
 from loopfm_ray.errors import DataError
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.models.bottleneck import Bottleneck, build_bottleneck
@@ -162,7 +162,8 @@ class _Embeddings:
         but no label.
         """
         window = self._task.splits.fm_valid
-        known = keep_known(self._rows(window), window, self._task.splits.fm.stop_ts)
+        learnable = self._data.learnable(window, self._task.splits.fm.stop_ts)
+        known = keep_learnable(self._rows(window), learnable)
         blocks = [rows for rows in known if len(rows["user"])]
         # evenly over the window, whose rows come in time order
         every = max(1, -(-len(blocks) * _BATCH_ROWS // _CHANNEL_ROWS))

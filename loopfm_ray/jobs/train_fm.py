@@ -23,7 +23,13 @@ from loopfm_ray.data.examples import Rows, rows_of
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits, format_ts
-from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
+from loopfm_ray.data.windows import (
+    StepPlan,
+    assign_buckets,
+    count_learnable,
+    keep_learnable,
+    plan_steps,
+)
 from loopfm_ray.errors import LoopFMError
 from loopfm_ray.experiments import FmStageConfig
 from loopfm_ray.jobs.mapping import Progress, silent, unwrap, watch
@@ -169,7 +175,8 @@ def fm_inputs(prepared: Location, parent: Location | None) -> dict[str, str]:
 def _job(data: PreparedData, prepared: Location, training: FmTraining, work_dir: Path) -> FmJob:
     """Return the training with the rows that its workers share out among them."""
     splits, learning = training.settings.splits, training.settings.config.learning
-    counts = count_known(data.examples.files(splits.fm_train), splits.fm_train, splits.fm.stop_ts)
+    learnable = data.learnable(splits.fm_train, splits.fm.stop_ts)
+    counts = count_learnable(data.examples.files(splits.fm_train), learnable)
     sizes = [counts.get(bucket, 0) for bucket in range(data.num_buckets)]
     shares = assign_buckets(sizes, learning.num_workers)
     rows = [sum(sizes[bucket] for bucket in share) for share in shares]
@@ -237,6 +244,7 @@ def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:
     data = PreparedData.open(job.prepared)
     collate = _collator(data, job, worker.rank)
     files = data.examples.files(job.splits.fm, job.buckets[worker.rank])
+    learnable = data.learnable(job.splits.fm_train, job.splits.fm.stop_ts)
     torch.manual_seed(job.settings.seed)
     item_fields = _item_fields(data) if job.config.model.has_history else ()
     schema = data.schema_as_of(job.splits.fm.stop_ts)
@@ -254,9 +262,7 @@ def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:
         model=model if joint is None else joint,
         learning=job.config.learning,
         plan=job.plan,
-        blocks=lambda _: keep_known(
-            _blocks(job, worker.rank), job.splits.fm_train, job.splits.fm.stop_ts
-        ),
+        blocks=lambda _: keep_learnable(_blocks(job, worker.rank), learnable),
         collate=collate,
         validate=lambda: score_rows(model, collate, files, job.splits.fm_valid),
         seed=job.settings.seed,

@@ -16,7 +16,13 @@ from torch import nn
 
 from loopfm_ray.data.examples import ExampleSet
 from loopfm_ray.data.prepared import PreparedData
-from loopfm_ray.data.windows import StepPlan, assign_buckets, count_known, keep_known, plan_steps
+from loopfm_ray.data.windows import (
+    StepPlan,
+    assign_buckets,
+    count_learnable,
+    keep_learnable,
+    plan_steps,
+)
 from loopfm_ray.distill.heads import AuxiliaryVm
 from loopfm_ray.distill.hints import HintedVm
 from loopfm_ray.errors import LoopFMError
@@ -124,10 +130,10 @@ def _fit(jobs: Sequence[VmJob], checkpoints: Location) -> None:
 def _plan(job: VmJob) -> tuple[StepPlan, list[list[int]]]:
     """Return the steps of a training, and the buckets of each worker."""
     requests = ExampleSet.open(job.joined, "requests")
-    num_buckets = PreparedData.open(job.prepared).num_buckets
-    window = job.splits.vm_train
-    counts = count_known(requests.files(window), window, job.splits.vm.stop_ts)
-    sizes = [counts.get(bucket, 0) for bucket in range(num_buckets)]
+    data, window = PreparedData.open(job.prepared), job.splits.vm_train
+    learnable = data.learnable(window, job.splits.vm.stop_ts)
+    counts = count_learnable(requests.files(window), learnable)
+    sizes = [counts.get(bucket, 0) for bucket in range(data.num_buckets)]
     shares = assign_buckets(sizes, job.config.learning.num_workers)
     rows = [sum(sizes[bucket] for bucket in share) for share in shares]
     return plan_steps(rows, job.config.learning.batch_rows), shares
@@ -178,6 +184,7 @@ def train_one(
     data = VmData.open(job)
     collate = data.collator(buckets)
     files = data.requests.files(job.splits.vm, buckets)
+    learnable = data.prepared.learnable(job.splits.vm_train, job.splits.vm.stop_ts)
     torch.manual_seed(job.seed)
     model = build_vm(job.config.model, data.schema, data.item_fields, data.latent_dim)
     columns = list(
@@ -188,10 +195,8 @@ def train_one(
         model=trained_form(model, job.config, data),
         learning=job.config.learning,
         plan=plan,
-        blocks=lambda _: keep_known(
-            file_blocks(files, job.splits.vm_train, columns),
-            job.splits.vm_train,
-            job.splits.vm.stop_ts,
+        blocks=lambda _: keep_learnable(
+            file_blocks(files, job.splits.vm_train, columns), learnable
         ),
         collate=collate,
         validate=lambda: score_rows(model, collate, files, job.splits.vm_valid),

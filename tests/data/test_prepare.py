@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 
 from loopfm_ray.data.config import ColumnsConfig, NegativesConfig, SplitConfig, SyntheticConfig
 from loopfm_ray.data.derive import derive_context
+from loopfm_ray.data.examples import read_rows
 from loopfm_ray.data.prepare import prepare
 from loopfm_ray.data.prepared import PreparedData
+from loopfm_ray.data.windows import Learnable, count_learnable, keep_learnable
 from loopfm_ray.errors import ConfigError, DataError, SchemaError, StoreError
 from loopfm_ray.store.manifest import verify
+from loopfm_ray.types import TimeRange
 from tests.oracles.logs import (
     DAY_US,
     ORIGIN_TS,
@@ -341,3 +344,54 @@ def test_a_path_that_comes_to_hold_another_version_is_read_anew(tmp_path: Path) 
         data = PreparedData.open(tmp_path / "p")
         keys.append((len(data.items), len(data.vocabulary("item"))))
     assert keys == [(11, 10), (21, 20)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(logs(), st.integers(0, 30 * 24), st.integers(1, 30 * 24))
+def test_a_model_learns_from_no_item_that_was_not_met_before_it_ends(
+    rows: list[dict[str, Any]], begin: int, hours: int
+) -> None:
+    """In the middle of a period some negatives are of items that come later: they would say that new items are not bought."""
+    start, until = (ORIGIN_TS + one * DAY_US // 24 for one in (begin, begin + hours))
+    learnable_range = TimeRange(start, until)
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare_rows(
+            Path(folder), rows, negatives=NegativesConfig(kind="popularity", per_positive=2)
+        )
+        learnable = data.learnable(learnable_range, until)
+        files = data.examples.files()
+        found = read_rows(files, columns=["example_id", *Learnable.columns, "label"])
+        known = data.vocabulary("item").first_ts
+        expected = [
+            start <= ts < until and label_ts <= until and known[item - 1] < until
+            for ts, label_ts, item in zip(
+                found["event_ts"], found["label_ts"], found["item"], strict=True
+            )
+        ]
+        assert learnable.mask(found).tolist() == expected
+        # what a positive says is never lost: its item had been met
+        is_due = (found["event_ts"] < until) & (found["event_ts"] >= start)
+        is_due &= found["label_ts"] <= until
+        lost = is_due & ~learnable.mask(found)
+        assert not (lost & (found["label"] > 0)).any()
+        counts = count_learnable(files, learnable)
+        assert sum(counts.values()) == sum(expected)
+        blocks = [read_rows([file], columns=["example_id", *Learnable.columns]) for file in files]
+        kept = [rows["example_id"] for rows in keep_learnable(blocks, learnable)]
+        assert sorted(np.concatenate(kept).tolist()) == sorted(
+            found["example_id"][np.asarray(expected, dtype=bool)].tolist()
+        )
+
+
+def test_a_negative_of_an_item_that_comes_later_is_not_learnt_from(tmp_path: Path) -> None:
+    rows = [{**row, "clicked": 1} for row in good_rows(60)]
+    data = prepare_rows(
+        tmp_path, rows, negatives=NegativesConfig(kind="popularity", per_positive=2)
+    )
+    known = data.vocabulary("item").first_ts
+    until = int(known[len(known) // 2])
+    found = read_rows(data.examples.files(), columns=["label", *Learnable.columns])
+    mask = data.learnable(TimeRange(0, until), until).mask(found)
+    dropped = (found["label_ts"] <= until) & (found["event_ts"] < until) & ~mask
+    assert dropped.any()
+    assert not (found["label"][dropped] > 0).any()
