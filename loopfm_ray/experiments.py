@@ -67,6 +67,9 @@ class RayConfig(Config):
     """Size of a local cluster's object store; 0 lets Ray choose 30 % of the memory."""
     parallel_tasks: PositiveInt = 2
     """Tasks and single-worker trainings that run side by side; on one machine, its number of cores."""
+    fm_reader: Literal["files", "ray_data"] = "files"
+    """Who reads the rows that an FM learns from: each worker itself, file by file, or Ray Data, which reads ahead and puts blocks through its
+    object store. The batches are the same; a worker has a file open at once, a pipeline of Ray Data takes seconds to start."""
 
 
 class LearningConfig(Config):

@@ -26,6 +26,7 @@ __all__ = [
     "concat_rows",
     "count_rows",
     "fetch",
+    "iterate_files",
     "iterate_rows",
     "read_rows",
     "rows_of",
@@ -193,6 +194,33 @@ def iterate_rows(
         yield left
 
 
+def iterate_files(
+    files: Sequence[ExampleFile], *, columns: Sequence[str], block_rows: int
+) -> Iterator[Rows]:
+    """Yield all rows of `files`, file after file, in blocks of `block_rows` rows (the last may have fewer).
+
+    Memory holds one block and one file. These are the blocks that Ray Data gives for the same files in order.
+
+    Raises:
+        SchemaError: a file lacks a column.
+    """
+    held: list[Any] = []  # Any: pyarrow tables
+    num_held = 0
+    for file in files:
+        table = _read_table(file, None, columns)
+        held.append(table)
+        num_held += table.num_rows
+        if num_held < block_rows:
+            continue
+        joined = pa.concat_tables(held)
+        whole = num_held - num_held % block_rows
+        for begin in range(0, whole, block_rows):
+            yield rows_of(joined.slice(begin, block_rows))
+        held, num_held = [joined.slice(whole)], num_held - whole
+    if num_held:
+        yield rows_of(pa.concat_tables(held))
+
+
 def read_rows(
     files: Sequence[ExampleFile],
     time_range: TimeRange | None = None,
@@ -285,6 +313,12 @@ def _read_window(window: _Window, columns: Sequence[str] | None) -> Rows:
 def _read_file(
     file: ExampleFile, time_range: TimeRange | None, names: Sequence[str] | None
 ) -> Rows:
+    return rows_of(_read_table(file, time_range, names))
+
+
+def _read_table(
+    file: ExampleFile, time_range: TimeRange | None, names: Sequence[str] | None
+) -> Any:  # Any: a pyarrow table
     try:
         with pq.ParquetFile(file.path) as source:
             missing = [name for name in names or () if name not in source.schema_arrow.names]
@@ -305,7 +339,7 @@ def _read_file(
     if span is not None:
         start, stop = _bounds(table.column("event_ts").to_numpy(), span)
         table = table.slice(start, stop - start)
-    return rows_of(table)
+    return table
 
 
 def _overlapping_groups(metadata: Any, span: TimeRange) -> range:  # Any: pyarrow's file metadata

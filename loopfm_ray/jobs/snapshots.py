@@ -59,7 +59,8 @@ def ensure_fms(context: Context, makings: Sequence[Making]) -> list[Manifest]:
         work, checkpoints = config.paths.work / key, config.paths.checkpoints(key)
         if context.fresh:
             clear(work, checkpoints)
-        train_fms(prepared, todo, work, checkpoints, context.progress)
+        reads_files = config.ray.fm_reader == "files"
+        train_fms(prepared, todo, work, checkpoints, context.progress, reads_files=reads_files)
         clear(work, checkpoints)
         for training in todo:
             context.share(training.out_dir)

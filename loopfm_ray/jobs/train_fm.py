@@ -1,10 +1,11 @@
-"""Train FMs with Ray Train, their rows streamed in time order by Ray Data, and write their weights.
+"""Train FMs with Ray Train and write their weights.
 
 The FMs of several seeds, and those that begin with the weights of one before, share one run, one after another: to start a
 run takes as long as to train a small FM (`programs`).
 
-Each worker reads a Ray Data set of its own, whose files and order the driver fixed, so the same seed gives the same rows in
-the same order however Ray schedules, and a resumed run sees exactly the rows that the undisturbed one would have seen.
+Each worker reads the files of its own buckets, in an order that the driver fixed, itself or through a Ray Data set of its own: so the same
+seed gives the same rows in the same order however Ray schedules, and a resumed run sees exactly the rows that the undisturbed one
+would have seen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from ray.train import DataConfig
 from ray.train.torch import TorchTrainer
 
 from loopfm_ray.data.collate import Collator, RawHistorySource
-from loopfm_ray.data.examples import Rows, rows_of
+from loopfm_ray.data.examples import ExampleFile, Rows, iterate_files, rows_of
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.data.schema import FeatureSchema, Kind, Side
 from loopfm_ray.data.split import Splits, format_ts
@@ -61,6 +62,8 @@ from loopfm_ray.train.weights import (
 )
 
 __all__ = ["FmJob", "FmSettings", "FmTraining", "fm_inputs", "train_fms"]
+
+_BLOCK_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class FmJob:
     metrics_file: Path
     buckets: tuple[tuple[int, ...], ...]
     plan: StepPlan
+    reads_files: bool
+    """Whether a worker reads its files itself; else Ray Data reads them."""
 
     @property
     def settings(self) -> FmSettings:
@@ -127,11 +132,14 @@ def train_fms(
     work_dir: Path,
     checkpoints: Location,
     progress: Progress = silent,
+    *,
+    reads_files: bool = True,
 ) -> None:
     """Train FMs in one run of Ray Train, in this order, and write each at its place; a killed run goes on where it was.
 
     All have the same workers. They read `prepared` and write the FMs and `checkpoints`, wherever they run; `work_dir` is of
-    this machine. The parent of an FM is there, or comes before it.
+    this machine. The parent of an FM is there, or comes before it. With `reads_files` each worker reads its files itself, else Ray Data
+    reads them; the batches are the same.
 
     Raises:
         ConfigError: the cluster has not as many CPUs or GPUs as workers are asked for.
@@ -141,7 +149,7 @@ def train_fms(
     prepared, learning = absolute(prepared), trainings[0].settings.config.learning
     data = PreparedData.open(prepared)
     work_dir.mkdir(parents=True, exist_ok=True)
-    jobs = [_job(data, prepared, training, work_dir) for training in trainings]
+    jobs = [_job(data, prepared, one, work_dir, reads_files) for one in trainings]
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"jobs": tuple(jobs)},
@@ -149,7 +157,9 @@ def train_fms(
             "fm.learning.num_workers", learning.num_workers, use_gpu=learning.use_gpu
         ),
         run_config=run_config(checkpoints, "train"),
-        datasets={
+        datasets={}
+        if reads_files
+        else {
             _name(job, rank): _dataset(data, job, rank)
             for job in jobs
             for rank in range(learning.num_workers)
@@ -172,7 +182,13 @@ def fm_inputs(prepared: Location, parent: Location | None) -> dict[str, str]:
     return inputs if parent is None else {**inputs, "parent": read_manifest(parent).version}
 
 
-def _job(data: PreparedData, prepared: Location, training: FmTraining, work_dir: Path) -> FmJob:
+def _job(
+    data: PreparedData,
+    prepared: Location,
+    training: FmTraining,
+    work_dir: Path,
+    reads_files: bool,
+) -> FmJob:
     """Return the training with the rows that its workers share out among them."""
     splits, learning = training.settings.splits, training.settings.config.learning
     learnable = data.learnable(splits.fm_train, splits.fm.stop_ts)
@@ -186,6 +202,7 @@ def _job(data: PreparedData, prepared: Location, training: FmTraining, work_dir:
         metrics_file=(work_dir / f"{training.key}.jsonl").absolute(),
         buckets=tuple(tuple(share) for share in shares),
         plan=plan_steps(rows, learning.batch_rows),
+        reads_files=reads_files,
     )
 
 
@@ -193,17 +210,20 @@ def _name(job: FmJob, rank: int) -> str:
     return f"{job.training.key}_{rank}"
 
 
+def _files(data: PreparedData, job: FmJob, rank: int) -> list[ExampleFile]:
+    return data.examples.files(job.splits.fm_train, job.buckets[rank])
+
+
 def _columns(collate: Collator) -> list[str]:
     return list(dict.fromkeys([*collate.columns, "example_id", "label_ts", "user"]))
 
 
 def _dataset(data: PreparedData, job: FmJob, rank: int) -> Any:  # Any: Ray ships no types
-    collate = _collator(data, job, rank)
-    files = data.examples.files(job.splits.fm_train, job.buckets[rank])
-    num_blocks = max(2, min(len(files), 1 + job.plan.num_rows[rank] // 65_536))
+    files = _files(data, job, rank)
+    num_blocks = max(2, min(len(files), 1 + job.plan.num_rows[rank] // _BLOCK_ROWS))
     return ray.data.read_parquet(
         [str(file.source) for file in files],
-        columns=_columns(collate),
+        columns=_columns(_collator(data, job, rank)),
         override_num_blocks=num_blocks,
         partitioning=None,  # else `bucket=000` in a path replaces the column of that name
     )
@@ -262,7 +282,9 @@ def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:
         model=model if joint is None else joint,
         learning=job.config.learning,
         plan=job.plan,
-        blocks=lambda _: keep_learnable(_blocks(job, worker.rank), learnable),
+        blocks=lambda _: keep_learnable(
+            _blocks(data, job, worker.rank, _columns(collate)), learnable
+        ),
         collate=collate,
         validate=lambda: score_rows(model, collate, files, job.splits.fm_valid),
         seed=job.settings.seed,
@@ -311,7 +333,13 @@ def _cost(job: FmJob, schema: FeatureSchema, item_fields: Sequence[str]) -> dict
     }
 
 
-def _blocks(job: FmJob, rank: int) -> Iterator[Rows]:
+def _blocks(data: PreparedData, job: FmJob, rank: int, columns: Sequence[str]) -> Iterator[Rows]:
+    """Yield the rows of this worker, block by block: the same blocks whoever reads them."""
+    if job.reads_files:
+        yield from iterate_files(_files(data, job, rank), columns=columns, block_rows=_BLOCK_ROWS)
+        return
     shard = ray.train.get_dataset_shard(_name(job, rank))
-    for table in shard.iter_batches(batch_size=65_536, batch_format="pyarrow", prefetch_batches=1):
+    for table in shard.iter_batches(
+        batch_size=_BLOCK_ROWS, batch_format="pyarrow", prefetch_batches=1
+    ):
         yield rows_of(table)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loopfm_ray.data.config import ColumnsConfig
-from loopfm_ray.data.examples import ExampleSet, iterate_rows, read_rows
+from loopfm_ray.data.examples import ExampleSet, concat_rows, iterate_files, iterate_rows, read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import SchemaError, StoreError
 from loopfm_ray.types import TimeRange
@@ -44,6 +44,28 @@ def test_number_of_rows_is_exact_inside_periods(data: PreparedData) -> None:
     assert data.examples.num_rows(HALF) == inside
     by_bucket = sum(data.examples.num_rows(HALF, [b]) for b in range(data.num_buckets))
     assert by_bucket == inside
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 64, 10_000])
+def test_blocks_of_files_hold_their_rows_file_after_file(
+    data: PreparedData, block_rows: int
+) -> None:
+    files, columns = data.examples.files(HALF), ["example_id", "item", "label", "seen"]
+    blocks = list(iterate_files(files, columns=columns, block_rows=block_rows))
+    sizes = [len(block["item"]) for block in blocks]
+    assert set(sizes[:-1]) <= {block_rows}
+    assert 0 < sizes[-1] <= block_rows
+    expected = concat_rows([read_rows([file], columns=columns) for file in files])
+    found = concat_rows(blocks)
+    assert set(found) == set(columns)
+    for name in columns:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_blocks_of_no_files_are_none(data: PreparedData) -> None:
+    assert list(iterate_files([], columns=["item"], block_rows=3)) == []
+    with pytest.raises(SchemaError, match="nothing"):
+        next(iterate_files(data.examples.files(), columns=["nothing"], block_rows=3))
 
 
 @pytest.mark.parametrize("window_rows", [1, 7, 50, 10_000])

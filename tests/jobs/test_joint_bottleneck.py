@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from loopfm_ray.config import load_config
 from loopfm_ray.data.prepare import prepare
-from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.errors import ConfigError, JobError, StoreError
 from loopfm_ray.experiments import FmStageConfig, LearningConfig, PipelineConfig, RefreshConfig
 from loopfm_ray.jobs import compress as compress_job
@@ -21,7 +20,7 @@ from loopfm_ray.jobs import train_fm as job
 from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.mapping import silent
 from loopfm_ray.jobs.refresh import refreshed_latents
-from loopfm_ray.jobs.training import Worker, file_blocks
+from loopfm_ray.jobs.training import Worker
 from loopfm_ray.models.bottleneck import BottleneckConfig
 from loopfm_ray.models.foundation import FmConfig
 from loopfm_ray.store.manifest import read_manifest, verify
@@ -103,16 +102,8 @@ def prepared(tmp_path_factory):
 def ray(prepared, tmp_path, monkeypatch):
     found = Ray(tmp_path / "checkpoints")
 
-    def blocks(fm_job, rank):
-        data = PreparedData.open(fm_job.prepared)
-        columns = job._columns(job._collator(data, fm_job, rank))
-        files = data.examples.files(fm_job.splits.fm_train, fm_job.buckets[rank])
-        return file_blocks(files, fm_job.splits.fm_train, columns)
-
     monkeypatch.setattr(job, "TorchTrainer", found.trainer)
     monkeypatch.setattr(job, "scaling_config", lambda *_, **__: None)
-    monkeypatch.setattr(job, "_dataset", lambda data, fm_job, rank: None)
-    monkeypatch.setattr(job, "_blocks", blocks)
     monkeypatch.setattr(materialize, "_run", embed_here)
     monkeypatch.setattr(Worker, "current", classmethod(lambda cls: cls(0, 1)))
     monkeypatch.setattr("ray.train.get_checkpoint", found.checkpoint)

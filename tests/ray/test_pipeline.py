@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from loopfm_ray.config import load_config
 from loopfm_ray.errors import LeakError, StoreError
@@ -126,6 +128,22 @@ def test_a_changed_vm_retrains_that_vm_alone(finished):
     run_stages(changed, "train-vm")
     after = {name: read_manifest(config.paths.vm(0, name)).version for name in config.vms}
     assert {name for name in before if before[name] != after[name]} == {"vm_kd"}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_whoever_reads_its_rows_the_fm_is_the_same(cluster, tmp_path):
+    """Files of the workers themselves, and Ray Data: the same weights to the bit, with several files in a block and two epochs."""
+    weights = {}
+    for reader in ("files", "ray_data"):
+        chosen = [f"name={reader}", f"ray.fm_reader={reader}", "fm.learning.epochs=2"]
+        config = settings(tmp_path, *chosen)
+        for stage in ("prepare", "train-fm"):
+            run_stages(config, stage)
+        weights[reader] = load_file(config.paths.fm(0) / "fm.safetensors")
+    assert weights["files"].keys() == weights["ray_data"].keys()
+    for name, value in weights["files"].items():
+        assert torch.equal(value, weights["ray_data"][name]), name
 
 
 @pytest.mark.ray
