@@ -72,7 +72,8 @@ class _Layer(nn.Module):
         """Return [G, L, width] from events x [G, L, width], oldest first, their ages [G, L] and which are real [G, L]."""
         gate, value, query, key = functional.silu(self.mix(x)).chunk(4, -1)
         value, query, key = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (value, query, key)
+            part.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+            for part in (value, query, key)
         )
         length = x.shape[1]
         if torch.compiler.is_exporting() or length <= _CHUNK:
