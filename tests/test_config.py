@@ -238,7 +238,7 @@ def test_every_vm_takes_the_place_of_one_in_a_pipeline(path):
 
 def test_every_vm_kind_has_a_yaml():
     assert {path.stem for path in VM_CONFIGS} == set(VMS)
-    assert {path.parent.name for path in FOLDER.rglob("*.yaml")} == {"kge", "pipeline", "vm"}
+    assert {path.parent.name for path in FOLDER.rglob("*.yaml")} == {"fm", "kge", "pipeline", "vm"}
 
 
 def test_the_vectors_that_the_graph_of_movielens_gives_are_those_that_its_pipeline_reads():

@@ -146,9 +146,8 @@ def refreshed_latents(context: Context) -> list[Manifest]:
         for seed, generations in by_seed.items()
     }
     ensure_fms(context, [making for makings in later.values() for making in makings])
-    for same_moment in zip(
-        *later.values(), strict=True
-    ):  # each snapshot goes on from the one before
+    # each snapshot may go on from the one before
+    for same_moment in zip(*later.values(), strict=True):
         ensure_snapshots(context, same_moment)
     _embed(context, by_seed, is_newest=is_newest)
     return [_splice(context, seed, one, splits) for seed, one in by_seed.items()]

@@ -9,7 +9,7 @@ from loopfm_ray.jobs.compress import CompressTask, compress, compress_inputs
 from loopfm_ray.jobs.context import Context
 from loopfm_ray.jobs.train_fm import FmSettings, FmTraining, fm_inputs, train_fms
 from loopfm_ray.store.filesystem import Location, absolute, remove_tree
-from loopfm_ray.store.manifest import Manifest, code_version, read_manifest
+from loopfm_ray.store.manifest import Manifest, code_version
 
 __all__ = ["Making", "clear", "ensure_fms", "ensure_snapshots"]
 
@@ -62,9 +62,8 @@ def ensure_fms(context: Context, makings: Sequence[Making]) -> list[Manifest]:
         reads_files = config.ray.fm_reader == "files"
         train_fms(prepared, todo, work, checkpoints, context.progress, reads_files=reads_files)
         clear(work, checkpoints)
-        for training in todo:
-            context.share(training.out_dir)
-    return [read_manifest(one.fm) for one in makings]
+    # all of them: a killed run did not come to it
+    return [context.share(one.fm) for one in makings]
 
 
 def ensure_snapshots(context: Context, makings: Sequence[Making]) -> None:

@@ -50,7 +50,7 @@ from loopfm_ray.models.joint import build_joint
 from loopfm_ray.models.sharded.config import table_factory
 from loopfm_ray.models.sharded.group import current_group
 from loopfm_ray.store.filesystem import Location, absolute
-from loopfm_ray.store.manifest import read_manifest
+from loopfm_ray.store.manifest import find_manifest, read_manifest
 from loopfm_ray.train.shards import gather_tables
 from loopfm_ray.train.weights import (
     FmSpec,
@@ -248,7 +248,7 @@ def _worker(config: dict[str, Any]) -> None:
     worker = Worker.current()
     finished = finished_trainings()
     for job in config["jobs"]:
-        if job.training.key in finished:
+        if job.training.key in finished and _is_written(job):
             continue
         try:
             _train_one(job, worker, finished)
@@ -258,6 +258,16 @@ def _worker(config: dict[str, Any]) -> None:
         report_finished(
             finished, worker
         )  # the others wait for the first here, whose FM the next may begin with
+
+
+def _is_written(job: FmJob) -> bool:
+    """Return whether the FM lies at its place: it could have been removed since a killed run noted it as finished."""
+    manifest, settings = find_manifest(job.training.out_dir), job.settings
+    return (
+        manifest is not None
+        and manifest.config_hash == settings.config_hash
+        and manifest.inputs == fm_inputs(job.prepared, settings.parent)
+    )
 
 
 def _train_one(job: FmJob, worker: Worker, finished: Sequence[str]) -> None:

@@ -201,7 +201,8 @@ def test_a_killed_training_goes_on_with_the_same_bits(ray, run):
         )
 
 
-def test_seeds_share_a_run_and_a_killed_one_goes_on_in_the_seed_where_it_was(ray, run):
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_seeds_share_a_run_and_a_killed_one_goes_on_in_the_seed_where_it_was(ray, run, is_removed):
     alone = [run(f"seed{seed}", JOINT, seeds=(seed,)) for seed in (0, 1)]
     for context in alone:
         stages.run_train_fm(context)
@@ -213,10 +214,13 @@ def test_seeds_share_a_run_and_a_killed_one_goes_on_in_the_seed_where_it_was(ray
             stages.run_train_fm(both)
     first = read_manifest(both.config.paths.fm(0))
     assert not both.config.paths.fm(1).exists()
+    if is_removed:
+        shutil.rmtree(both.config.paths.fm(0))
     ray.kill_at = None
     stages.run_train_fm(both)
     assert ray.trainings == 3
-    assert read_manifest(both.config.paths.fm(0)) == first
+    if not is_removed:
+        assert read_manifest(both.config.paths.fm(0)) == first
     for seed, context in enumerate(alone):
         assert_same_bits(
             weights(context.config.paths.fm(seed)), weights(both.config.paths.fm(seed))
