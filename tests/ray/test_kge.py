@@ -69,7 +69,7 @@ def test_a_killed_training_ends_in_the_same_bits(cluster, tmp_path):
     found = train_on_ray(ring(), job)
     assert killed
     epochs = len(job.metrics_file.read_text().splitlines())
-    assert epochs > 40  # some were trained twice
+    assert epochs >= 40  # those after the last checkpoint, if there were any, were trained twice
     weights = found.model.state_dict()
     for name, value in undisturbed.model.state_dict().items():
         assert torch.equal(value, weights[name])

@@ -220,7 +220,7 @@ def test_a_killed_fm_training_goes_on_to_the_same_weights(calm, tmp_path):
     """The driver and all workers die at once after a checkpoint; the same command ends in the same bits."""
     root = copy_of(calm, tmp_path, "prepared")
     process = start(tmp_path, "train-fm", *SMALL)
-    kill_when(process, lambda: len(list(root.glob("work/fm-*/train/checkpoint_*"))) >= 2)
+    kill_when(process, lambda: len(list(root.glob("work/fms-*/train/checkpoint_*"))) >= 2)
     assert not (root / "seed=0/fm").exists()
     finish(start(tmp_path, "train-fm", *SMALL))
     found, expected = (
