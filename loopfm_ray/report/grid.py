@@ -3,7 +3,6 @@
 Like the page of a run, this one loads nothing from the network, and the same summary gives the same bytes.
 """
 
-import html
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from loopfm_ray.errors import DataError
 from loopfm_ray.report import words
 from loopfm_ray.report.page import plotly_base64, render_template, yaml_text
-from loopfm_ray.report.parts import bars, css_colour, figure, markdown_row
+from loopfm_ray.report.parts import bars, css_colour, figure, markdown_row, variant_line
 from loopfm_ray.report.stream import stream_figures, stream_tables
 from loopfm_ray.store.tables import write_text
 
@@ -287,14 +286,6 @@ def _variant_figures(summary: Mapping[str, Any]) -> list[Json]:
 
 
 def _variant_trace(cells: Sequence[Json], arm: str, colour: str) -> Json:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": html.escape(pretty_arm(arm)),
-        "x": [html.escape(cell["variant"]) for cell in cells],
-        "y": [cell["mean"]["auc"] for cell in cells],
-        "error_y": {"type": "data", "array": [cell["sd"].get("auc", 0.0) for cell in cells]},
-        "line": {"color": colour, "width": 1.5},
-        "marker": {"color": colour, "size": 7},
-        "hovertemplate": "%{x}: %{y:.4f}",
-    }
+    points = {cell["variant"]: cell["mean"]["auc"] for cell in cells}
+    spreads = [cell["sd"].get("auc", 0.0) for cell in cells]
+    return variant_line(pretty_arm(arm), points, colour, spreads=spreads)

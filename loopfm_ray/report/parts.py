@@ -4,7 +4,7 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["bars", "css_colour", "figure", "markdown_row"]
+__all__ = ["bars", "css_colour", "figure", "markdown_row", "variant_line"]
 
 Json = dict[str, Any]  # Any: JSON of the summary
 
@@ -65,3 +65,34 @@ def markdown_row(cells: Sequence[str]) -> str:
     """Return one line of a Markdown table."""
     safe = (cell.replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(safe)} |"
+
+
+def variant_line(
+    name: str,
+    points: Mapping[str, float],
+    colour: str,
+    *,
+    spreads: Sequence[float] | None = None,
+    hover: str = "%{x}: %{y:.4f}",
+) -> Json:
+    """Return the line of one arm over the variants of an experiment.
+
+    Args:
+        name: of the arm, as it is shown.
+        points: by variant.
+        colour: a CSS variable or colour.
+        spreads: of the points, drawn both ways; None draws none.
+        hover: what is shown of a point.
+    """
+    bars_of = {} if spreads is None else {"error_y": {"type": "data", "array": list(spreads)}}
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": html.escape(name),
+        "x": [html.escape(variant) for variant in points],
+        "y": list(points.values()),
+        **bars_of,
+        "line": {"color": colour, "width": 1.5},
+        "marker": {"color": colour, "size": 7},
+        "hovertemplate": hover,
+    }

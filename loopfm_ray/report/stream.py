@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loopfm_ray.report import words
-from loopfm_ray.report.parts import figure, markdown_row
+from loopfm_ray.report.parts import figure, markdown_row, variant_line
 
 __all__ = ["stream_figures", "stream_tables"]
 
@@ -125,26 +125,15 @@ def _ne_by_variant(
         return []
     data = []
     for arm in dict.fromkeys(cell["arm"] for cell in cells):
-        means = [
-            statistics.fmean(
+        points = {
+            variant: statistics.fmean(
                 cell["mean"]["ne"]
                 for cell in cells
                 if cell["arm"] == arm and cell["variant"] == variant
             )
             for variant in variants
-        ]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": html.escape(shown(arm)),
-                "x": [html.escape(variant) for variant in variants],
-                "y": means,
-                "line": {"color": colours[arm], "width": 1.5},
-                "marker": {"color": colours[arm], "size": 7},
-                "hovertemplate": "%{x}: %{y:.4f}",
-            }
-        )
+        }
+        data.append(variant_line(shown(arm), points, colours[arm]))
     caption = "Mean progressive NE over verticals and seeds; lower is better."
     return [figure("ne-variants", "NE by variant", caption, data, {"xaxis": {"type": "category"}})]
 
@@ -156,24 +145,15 @@ def _gains_by_variant(
     by_variant, base = _by_variant(summary), summary["roles"]["baseline"]
     if not by_variant:
         return []
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": html.escape(shown(arm)),
-            "x": [html.escape(variant) for variant in by_variant],
-            "y": [100 * of_arm[arm]["gain"] for of_arm in by_variant.values()],
-            "error_y": {
-                "type": "data",
-                "array": [100 * (of_arm[arm]["sd"] or 0.0) for of_arm in by_variant.values()],
-            },
-            "line": {"color": colours[arm], "width": 1.5},
-            "marker": {"color": colours[arm], "size": 7},
-            "hovertemplate": "%{x}: %{y:.2f} %",
-        }
-        for arm in next(iter(by_variant.values()))
-        if arm != base
-    ]
+    data = []
+    for arm in (arm for arm in next(iter(by_variant.values())) if arm != base):
+        of_arm = {variant: found[arm] for variant, found in by_variant.items()}
+        points = {variant: 100 * found["gain"] for variant, found in of_arm.items()}
+        spreads = [100 * (found["sd"] or 0.0) for found in of_arm.values()]
+        line = variant_line(
+            shown(arm), points, colours[arm], spreads=spreads, hover="%{x}: %{y:.2f} %"
+        )
+        data.append(line)
     caption = (
         f"Gain of the progressive NE over {html.escape(shown(base))} in percent: mean over verticals and seeds, ± one standard"
         " deviation over the seeds."
