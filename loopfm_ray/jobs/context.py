@@ -13,6 +13,7 @@ from loopfm_ray.data.split import Splits
 from loopfm_ray.errors import ConfigError, StoreError
 from loopfm_ray.experiments import PipelineConfig
 from loopfm_ray.jobs.mapping import Progress, RayMapper
+from loopfm_ray.jobs.materialize import Scope
 from loopfm_ray.store.filesystem import Location, is_remote
 from loopfm_ray.store.manifest import Manifest, code_version, find_manifest, read_manifest
 from loopfm_ray.store.pool import Pool
@@ -49,6 +50,20 @@ class Context:
         is_here = writes and is_remote(self.config.paths.versions)
         tasks = self.config.ray.parallel_tasks
         return RayMapper(tasks, stage, self.progress, is_here=is_here)
+
+    def scope(
+        self, seed: int, *, redo: TimeRange | None = None, only: TimeRange | None = None
+    ) -> Scope:
+        """Return what of a seed's latents is made, and where shards wait for their upload; see `Scope`."""
+        config = self.config
+        return Scope(
+            redo=redo,
+            keep_us=config.history.keep_us,
+            is_fresh=self.fresh,
+            scratch=config.scratch(seed),
+            is_scratch_shared=config.scratch_dir is not None,
+            only=only,
+        )
 
     def find(
         self, location: Location, settings_hash: str, inputs: Mapping[str, str]

@@ -26,7 +26,7 @@ from loopfm_ray.errors import ConfigError
 from loopfm_ray.experiments import PipelineConfig, RefreshConfig, RunPaths
 from loopfm_ray.jobs.compress import CompressTask, event_embeddings
 from loopfm_ray.jobs.context import Context, splits_of
-from loopfm_ray.jobs.materialize import Request, Scope, materialize_all
+from loopfm_ray.jobs.materialize import Request, materialize_all
 from loopfm_ray.jobs.snapshots import Making, ensure_fms, ensure_snapshots
 from loopfm_ray.store.codes import CodeSpec, decode
 from loopfm_ray.store.filesystem import Location, absolute
@@ -208,13 +208,8 @@ def _embed(
     for seed, generations in by_seed.items():
         stops = [*(one.from_ts for one in generations[1:]), stop_ts]
         for one, until_ts in zip(generations, stops, strict=True):
-            scope = Scope(
-                keep_us=config.history.keep_us,
-                is_fresh=context.fresh,
-                scratch=config.scratch(seed),
-                is_scratch_shared=config.scratch_dir is not None,
-                only=TimeRange(one.from_ts, until_ts) if is_newest else None,
-            )
+            only = TimeRange(one.from_ts, until_ts) if is_newest else None
+            scope = context.scope(seed, only=only)
             requests.append(Request(one.snapshot, one.latents, scope))
     materialize_all(
         config.paths.prepared,

@@ -25,7 +25,7 @@ from loopfm_ray.jobs.evaluate import (
     write_record,
 )
 from loopfm_ray.jobs.freshness import joined_freshness
-from loopfm_ray.jobs.materialize import Request, Scope, materialize_all
+from loopfm_ray.jobs.materialize import Request, materialize_all
 from loopfm_ray.jobs.publishing import run_publish
 from loopfm_ray.jobs.refresh import refreshed_latents
 from loopfm_ray.jobs.snapshots import Making, clear, ensure_fms, ensure_snapshots
@@ -129,24 +129,14 @@ def _latents(context: Context) -> list[Manifest]:
     return materialize_all(
         paths.prepared,
         [
-            Request(paths.snapshot(seed), paths.latents(seed), _scope(context, seed))
+            Request(
+                paths.snapshot(seed), paths.latents(seed), context.scope(seed, redo=context.redo)
+            )
             for seed in config.seeds
         ],
         delay_us=config.history.delay_us,
         num_workers=config.ray.parallel_tasks,
         progress=context.progress,
-    )
-
-
-def _scope(context: Context, seed: int) -> Scope:
-    """Return what is made again, and where shards wait for their upload."""
-    config = context.config
-    return Scope(
-        redo=context.redo,
-        keep_us=config.history.keep_us,
-        is_fresh=context.fresh,
-        scratch=config.scratch(seed),
-        is_scratch_shared=config.scratch_dir is not None,
     )
 
 
