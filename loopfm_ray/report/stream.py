@@ -79,17 +79,29 @@ def _by_variant(summary: Mapping[str, Any]) -> dict[str, dict[str, Json]]:
 def _gains(summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown) -> Json:
     base = summary["roles"]["baseline"]
     gains = {arm: value for arm, value in summary["ne_gain_by_method"].items() if arm != base}
+    percent = [100 * value for value in gains.values()]
     data = [
         {
             "type": "bar",
-            "x": [html.escape(shown(arm)) for arm in gains],
-            "y": [100 * value for value in gains.values()],
+            "orientation": "h",
+            "y": [html.escape(shown(arm)) for arm in gains],
+            "x": percent,
+            "text": [words.format_share(value, 2, signed=True) for value in gains.values()],
+            "textposition": "outside",
+            "cliponaxis": False,
             "marker": {"color": [colours[arm] for arm in gains]},
-            "hovertemplate": "%{x}: %{y:.2f} %",
+            "hovertemplate": "%{y}: %{x:.2f} %",
         }
     ]
+    low, high = min(0.0, *percent), max(0.0, *percent)
+    pad = 0.14 * (high - low)
+    layout = {
+        "showlegend": False,
+        "xaxis": {"range": [low - pad if low < 0 else 0, high + pad]},
+        "yaxis": {"autorange": "reversed", "showgrid": False},
+    }
     caption = f"Mean over verticals and seeds of the progressive NE's gain over {html.escape(shown(base))}, in percent."
-    return figure("ne-gain", "NE gain by method", caption, data, {"showlegend": False})
+    return figure("ne-gain", "NE gain by method", caption, data, layout)
 
 
 def _calibration(summary: Mapping[str, Any], colours: Mapping[str, str], shown: Shown) -> Json:

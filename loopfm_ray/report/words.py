@@ -32,7 +32,9 @@ _PARTS = {
     "raw": "raw history",
     "ah": "auxiliary head",
     "sa": "student adapter",
+    "scaled": "scaled gradients",
 }
+_SMALL = 1e-3
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ORDER = ("fm", "vm", "vm_kd", "vm_loopfm", "vm_kd_loopfm", "vm_raw")
 
@@ -124,11 +126,11 @@ def format_share(value: float | None, digits: int = 1, *, signed: bool = False) 
 
 
 def format_small(value: float | None) -> str:
-    """Return one digit after the point and a power of ten: 2.4e-7 gives "2.4 × 10⁻⁷"."""
+    """Return two digits, below a thousandth with a power of ten: 0.26 gives "0.26", 2.4e-7 gives "2.4 × 10⁻⁷"."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if value == 0:
-        return "0"
+    if value == 0 or _SMALL <= abs(value) < 1 / _SMALL:
+        return f"{value:.2g}".replace("-", "−")
     digits, _, power = f"{value:.1e}".partition("e")
     return f"{digits} × 10{str(int(power)).translate(_SUPERSCRIPT)}"
 

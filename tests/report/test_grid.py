@@ -162,19 +162,20 @@ def test_a_stream_in_one_variant_has_no_table_of_variants():
 def test_a_stream_shows_its_gains_and_its_calibration():
     summary = stream_summary()
     assert headline(summary) == (
-        "VM + KD + LoopFM over VM + KD: +4.61 % progressive NE, mean of 2 verticals (p 1.2 × 10⁻² over the seeds), largest p of a"
+        "VM + KD + LoopFM over VM + KD: +4.61 % progressive NE, mean of 2 verticals (p 0.012 over the seeds), largest p of a"
         " vertical 4.0 × 10⁻⁴"
     )
     page = render_grid(summary)
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
     assert set(figures) == {"auc", "variants-0", "variants-1", "ne-gain", "calibration", "ne-variants", "gain-variants"}  # fmt: skip
-    assert figures["ne-gain"]["data"][0]["y"] == pytest.approx([0.4, 5.0, 1.0])
+    assert figures["ne-gain"]["data"][0]["x"] == pytest.approx([0.4, 5.0, 1.0])
+    assert figures["ne-gain"]["data"][0]["text"] == ["+0.40 %", "+5.00 %", "+1.00 %"]
     assert [trace["name"] for trace in figures["calibration"]["data"]][-1] == "FM"
     assert "+4.61 %" in page
     text = render_markdown(summary)
     assert "| VM + KD + LoopFM | +5.00 % | 1.010 | 0.980 |" in text
     assert "| FM |  | 1.010 | 0.980 |" in text
-    small = "2.0 × 10⁻²"
+    small = "0.02"
     assert f"| main | +0.40 % | +5.00 % | +1.00 % | +4.60 % ({small}) | +4.00 % ({small}) |" in text
     assert "| <b>short</b> | +0.80 % | +10.00 % | +2.00 % |" in text
     traces = {trace["name"]: trace for trace in figures["gain-variants"]["data"]}

@@ -102,7 +102,7 @@ def test_kinds_are_told_apart():
 def test_headline_of_one_objective_holds_its_value_and_what_confirms_it():
     summary = example_sweep()
     assert trials.headline(summary) == (
-        "Trial 19 is the best of 18 complete trials: NE 0.8716; +1.23 % AUC over base (3 seeds, test split, p 4.0 × 10⁻³)"
+        "Trial 19 is the best of 18 complete trials: NE 0.8716; +1.23 % AUC over base (3 seeds, test split, p 0.004)"
     )
     summary["confirmed"]["configs"] = summary["confirmed"]["configs"][:1]
     assert trials.headline(summary).endswith("NE 0.8716")

@@ -42,6 +42,9 @@ def test_models_stand_in_the_order_of_the_story_and_unknown_ones_last():
         (words.format_seconds, 90, "1.5 min"),
         (words.format_small, 2.4e-7, "2.4 × 10⁻⁷"),
         (words.format_small, 0.0, "0"),
+        (words.format_small, 0.258, "0.26"),
+        (words.format_small, -0.0012, "−0.0012"),
+        (words.format_small, 0.00096, "9.6 × 10⁻⁴"),
     ],
 )
 def test_numbers_are_written_with_their_unit(function, value, text):
