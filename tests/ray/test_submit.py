@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from infra import submit as submit_module
 from infra.submit import PARTS, ROOT, collect_files, job_environment, main, submit
 from loopfm_ray.errors import ConfigError, JobError
+from tests.conftest import free_ports
+from tests.small_graph import graph_base
 
 
 def make_checkout(root: Path) -> Path:
@@ -86,14 +88,6 @@ def test_a_mistake_in_the_call_exits_2(monkeypatch):
     with pytest.raises(SystemExit) as usage:
         main([])
     assert usage.value.code == 2
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def pids_with(text: str) -> list[int]:
@@ -221,3 +215,28 @@ def test_the_pipeline_runs_as_a_job_and_leaves_its_summary(head, tmp_path):
     assert summary["parity"]["max_abs_diff"] < 1e-5
     assert (tmp_path / "job" / "report.html").is_file()
     assert "vm_kd_loopfm" in summary["models"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_sweep_runs_as_a_job_and_another_job_goes_on_with_it(head, tmp_path):
+    sweep = {
+        "name": "submitted",
+        "run_dir": str(tmp_path),
+        "base": graph_base(tmp_path),
+        "space": {"train.lr": {"kind": "float", "low": 1e-4, "high": 0.5, "log": True}},
+        "objectives": [{"metric": "mrr"}],
+        "budget": {"num_trials": 2, "cores": 2},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    trials = []
+    for more in ([], ["--set", "budget.num_trials=3"]):
+        lines: list[str] = []
+        result = submit(["sweep", str(path), *more], head, on_log=lines.append)
+        assert result.exit_code == 0, "".join(lines)[-5000:]
+        trials.append(json.loads((tmp_path / "submitted" / "summary.json").read_text())["trials"])
+    first, second = trials
+    assert [len(first), len(second)] == [2, 3]
+    assert second[:2] == first
+    assert (tmp_path / "submitted" / "report.html").is_file()

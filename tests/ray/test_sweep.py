@@ -18,6 +18,7 @@ from loopfm_ray.jobs.cluster import connect
 from loopfm_ray.jobs.sweep import run_sweep
 from loopfm_ray.sweep.config import SweepConfig
 from loopfm_ray.sweep.study import open_study
+from tests.small_graph import GRAPH, graph_base
 
 BASE = {
     "name": "base",
@@ -46,31 +47,6 @@ TREE = {
     },
     "budget": {"num_trials": 4, "cores": 2},
 }
-
-
-GRAPH = {
-    "kind": "kge",
-    "name": "graph",
-    "backbone": {"kind": "distmult", "dimension": 8},
-    "train": {"batch_size": 64, "epochs": 8, "eval_every": 1},
-}
-
-
-def write_graph(folder):
-    folder.mkdir()
-    lines = [f"e{i}\tr{i % 3}\te{(7 * i + 3) % 40}" for i in range(200)]
-    (folder / "train.txt").write_text("\n".join(lines[:160]) + "\n")
-    (folder / "valid.txt").write_text(
-        "\n".join(f"e{i % 40}\tr0\te{(i + 1) % 40}" for i in range(20)) + "\n"
-    )
-    (folder / "test.txt").write_text(
-        "\n".join(f"e{i % 40}\tr1\te{(i + 2) % 40}" for i in range(20)) + "\n"
-    )
-    return folder
-
-
-def graph_base(folder):
-    return {**GRAPH, "graph": {"kind": "splits", "path": str(write_graph(folder / "graph"))}}
 
 
 @pytest.fixture(scope="module")
