@@ -25,6 +25,7 @@ from loopfm_ray.data.collate import Collator, RawHistorySource
 from loopfm_ray.data.examples import read_rows
 from loopfm_ray.data.prepared import PreparedData
 from loopfm_ray.jobs import materialize as job
+from loopfm_ray.jobs.embedding import MaterializeTask, ShardEmbedder
 from loopfm_ray.models.bottleneck import build_bottleneck
 from loopfm_ray.models.foundation import build_fm
 from loopfm_ray.store.codes import pack, quantize
@@ -32,19 +33,19 @@ from loopfm_ray.train.embed import length_order
 from loopfm_ray.train.snapshot import Snapshot, SnapshotSpec
 from loopfm_ray.types import TimeRange
 
-BATCH_ROWS = job.MaterializeTask.batch_rows
+BATCH_ROWS = MaterializeTask.batch_rows
 COLUMNS = ("example_id", "user", "item", "event_ts", "label_ts", "is_event")
 
 
 def serial(
-    tasks: Sequence[job.MaterializeTask],
+    tasks: Sequence[MaterializeTask],
     items: Sequence[Mapping[str, Any]],
     *_: object,
     **__: object,
 ) -> None:
     """Do the shards of a job in this process, in place of its Ray Data program."""
     [task] = tasks
-    worker = job.ShardEmbedder(task)
+    worker = ShardEmbedder(task)
     for item in items:
         worker(item)
 
