@@ -218,7 +218,8 @@ def test_the_pipeline_runs_as_a_job_and_leaves_its_summary(head, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sweep_runs_as_a_job_and_another_job_goes_on_with_it(head, tmp_path):
     sweep = {
         "name": "submitted",
