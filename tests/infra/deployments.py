@@ -1,5 +1,6 @@
 """The files under infra/ as trees, and the commands in them."""
 
+import functools
 import json
 import re
 import shlex
@@ -40,6 +41,7 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def manifests() -> list[dict[str, Any]]:
     return [
         tree
@@ -89,6 +91,7 @@ def _templates(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _templates(value)
 
 
+@functools.cache
 def compose(**environ: str) -> dict[str, Any]:
     """Return compose.yaml with its variables replaced as compose does; those without a default are `NAME-value`."""
 
@@ -171,7 +174,9 @@ def commands() -> list[tuple[str, list[str]]]:
     for container in containers():
         where = f"{container.kind} {container.spec['name']}"
         found += [(where, words) for words in simple_commands(container.words)]
-    found += [("train.yaml", words) for words in shell_commands(one("RayJob")["spec"]["entrypoint"])]
+    found += [
+        ("train.yaml", words) for words in shell_commands(one("RayJob")["spec"]["entrypoint"])
+    ]
     for path in LAUNCHERS:
         tree = load(path)
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -186,9 +191,9 @@ def documented() -> list[tuple[str, list[str]]]:
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [words for line in lines for words in shell_commands(line.split("  #")[0])]
     return [
-        ("docs/deploy.md", words)
-        for line in lines
-        for words in shell_commands(line.split("  #")[0])
+        ("docs/deploy.md", words[: words.index(">")] if ">" in words else words)
+        for words in found
         if words[0] in ("loopfm", "ray")
     ]
