@@ -220,7 +220,7 @@ def test_head_dashboard_and_submission_have_one_port():
     for words in starts:
         assert f"--dashboard-port={DASHBOARD}" in words
         assert "--port=6379" in words
-    assert DEFAULT_ADDRESS == f"http://127.0.0.1:{DASHBOARD}"
+    assert f"http://127.0.0.1:{DASHBOARD}" == DEFAULT_ADDRESS
     for _, words in commands():
         if words[:3] == ["ray", "job", "submit"]:
             assert words[3].endswith(f":{DASHBOARD}")

@@ -80,7 +80,7 @@ def test_a_wrong_compose_file_is_found(service, key, value):
 
 
 def test_every_yaml_file_loads():
-    files = [path for path in INFRA.rglob("*.y*ml")]
+    files = list(INFRA.rglob("*.y*ml"))
     assert len(files) >= 13
     for path in files:
         trees = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
