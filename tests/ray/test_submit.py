@@ -1,12 +1,4 @@
-import contextlib
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +8,7 @@ from infra import submit as submit_module
 from infra.submit import PARTS, ROOT, collect_files, job_environment, main, submit
 from loopfm_ray.errors import ConfigError, JobError
 from tests.conftest import free_ports
+from tests.ray.heads import running_head
 from tests.small_graph import graph_base
 
 
@@ -90,65 +83,10 @@ def test_a_mistake_in_the_call_exits_2(monkeypatch):
     assert usage.value.code == 2
 
 
-def pids_with(text: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if text.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found
-
-
-def end_processes(text: str) -> None:
-    """End what has `text`, the cluster's own temporary folder, in its command line; never other clusters."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in pids_with(text):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + 3
-        while pids_with(text) and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-
-def start_head(folder: str) -> str | None:
-    """Start a head with its own ports and folder; None if it was too slow for Ray's fixed 30 s."""
-    names = (
-        "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port", "metrics-export-port", "node-manager-port", "object-manager-port",
-    )  # fmt: skip
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    binaries = Path(sys.executable).parent
-    command = [
-        str(binaries / "ray"), "start", "--head", "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1", "--num-cpus=8", "--object-store-memory=300000000",
-        "--disable-usage-stats", f"--temp-dir={folder}",
-        *(f"--{name}={port}" for name, port in ports.items()),
-    ]  # fmt: skip
-    path = os.pathsep.join([str(binaries), os.environ.get("PATH", "")])
-    environ = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": path}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        assert "timed out during startup" in done.stdout + done.stderr
-        return None
-    return f"http://127.0.0.1:{ports['dashboard-port']}"
-
-
 @pytest.fixture(scope="module")
 def head():
-    folders = [tempfile.mkdtemp(prefix="lfhead-", dir="/tmp") for _ in range(4)]  # sockets: short
-    try:
-        for folder in folders:
-            address = start_head(folder)
-            if address is not None:
-                break
-            end_processes(folder)
-        assert address is not None, "no head came up in four attempts"
-        yield address
-    finally:
-        for folder in folders:
-            end_processes(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+    with running_head(RAY_AUTH_MODE="disabled") as ports:
+        yield f"http://127.0.0.1:{ports['dashboard-port']}"
 
 
 @pytest.fixture(autouse=True)
