@@ -198,13 +198,18 @@ class Columns:
         return {"dataset_id": "benchmark", "labels": ["label"], "features": features}
 
 
+def column(field: str) -> str:
+    """Return what FuxiCTR's column of a field is called: some names, such as `type`, it can not have."""
+    return f"field_{field}"
+
+
 def write_export(sizes: Record) -> Record:
     """Write the rows of all windows as FuxiCTR reads them: one .npz each, and the training rows as Parquet in some files."""
     folder = Path(sizes["folder"]) / "fuxictr"
     job = vm_job(folder / "none", {**sizes, "kind": KINDS[0]})
     data, num_rows = VmData.open(job), {}
-    ids = {field.name: field.cardinality for field in data.schema.categorical}
-    item = {name: ids[name] for name in data.item_fields}
+    ids = {column(field.name): field.cardinality for field in data.schema.categorical}
+    item = {name: ids[name] for name in map(column, data.item_fields)}
     plain = {name: size for name, size in ids.items() if name not in item}
     columns = Columns(plain, item, job.raw_max_len)
     folder.mkdir(parents=True)
@@ -235,14 +240,16 @@ def _parts(
 def flat(batch: Batch, data: VmData, max_len: int) -> dict[str, np.ndarray]:
     """Return the columns of a batch, a history for every row, padded with 0 to `max_len`."""
     ids = batch.ids.numpy().astype(np.int32)
-    out = {field.name: ids[:, place] for place, field in enumerate(data.schema.categorical)}
+    names = [column(field.name) for field in data.schema.categorical]
+    out = {name: ids[:, place] for place, name in enumerate(names)}
     history = batch.histories["raw"]
     if history.item_ids is None:
         raise AssertionError("a raw history has item ids")
     past = np.zeros((len(ids), max_len, len(data.item_fields)), dtype=np.int32)
     found = history.item_ids.numpy()
     past[:, : found.shape[1]] = found[history.row.numpy()]
-    out |= {f"past_{name}": past[..., place] for place, name in enumerate(data.item_fields)}
+    items = map(column, data.item_fields)
+    out |= {f"past_{name}": past[..., place] for place, name in enumerate(items)}
     out["label"] = batch.label[:, 0].numpy().astype(np.int32)
     return out
 
