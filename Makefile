@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-BENCHMARKS := auxiliary_head fm_sizes history_join kge_csd_cost kge_eval kge_train latents_size materialize random_reads serve sharded_tables soak_serve sweep_overhead sweep_search
+BENCHMARKS := auxiliary_head fm_sizes history_join kge_csd_cost kge_eval kge_train latents_size materialize random_reads serve sharded_tables soak_serve sweep_overhead sweep_search train_fm train_vm
 
 .PHONY: demo test test-slow unit setup fmt lint type bench bench-feast bench-feast-online soak fuzz golden ci clean
 
