@@ -49,15 +49,15 @@ def read_marks(marks: Path) -> Record:
 
 
 def bare_loop(task: Task) -> Record:
-    """Train the model of a task with Adam, on batches that lie in memory as tensors, in the order of the first epoch."""
+    """Train the model of a task with Adam, on the batches that the task makes of its rows, which lie in memory as tensors."""
     set_up_process()
-    rows = islice(training._batches(task, ALONE), task.plan.num_steps)
-    batches = [task.collate(of) for of in rows]
+    batches = map(task.collate, training._batches(task, ALONE))
+    epochs = [list(islice(batches, task.plan.num_steps)) for _ in range(task.learning.epochs)]
     clock, model = EpochClock(), task.model
     optimizer = torch.optim.Adam(model.parameters(), lr=task.learning.optim.lr, fused=True)
-    for _ in range(task.learning.epochs):
+    for epoch in epochs:
         clock.begin()
-        for batch in batches:
+        for batch in epoch:
             optimizer.zero_grad()
             logit = task_logits(model, batch)
             functional.binary_cross_entropy_with_logits(logit, batch.label).backward()
