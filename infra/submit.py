@@ -122,7 +122,8 @@ def submit(
         JobError: no head answers at `address`, or it refuses.
     """
     os.environ.setdefault("RAY_AUTH_MODE", DEFAULT_AUTH_MODE)
-    from ray.job_submission import JobSubmissionClient  # after the setting: read when imported
+    from ray.exceptions import AuthenticationError  # after the setting: read when imported
+    from ray.job_submission import JobSubmissionClient
 
     with tempfile.TemporaryDirectory(prefix="loopfm-submit-") as folder:
         _copy(collect_files(root), root, Path(folder))
@@ -132,6 +133,11 @@ def submit(
             job_id = client.submit_job(
                 entrypoint=shlex.join([*entrypoint, *arguments]), runtime_env=runtime_env
             )
+        except AuthenticationError as error:
+            raise JobError(
+                f"no job could be submitted to {address}, which asks for another token: {error.message}; set RAY_AUTH_MODE=token"
+                " and the token of the head in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from error
         except (ConnectionError, RuntimeError) as error:
             raise JobError(
                 f"no job could be submitted to {address}: {error}; start a head with `ray start --head`"
