@@ -1,7 +1,10 @@
 """What one file under infra/ takes for granted, another one gives: ports, names, paths, secrets."""
 
 import re
+import subprocess
+import sys
 
+import boto3
 import pytest
 import yaml
 
@@ -414,6 +417,16 @@ def test_the_bucket_is_the_one_that_runs_are_kept_in():
     assert f'create_bucket(Bucket="{bucket}")' in program
     endpoint = services["head"]["environment"]["AWS_ENDPOINT_URL"]
     assert f"-s3.port={endpoint.rsplit(':', 1)[1]}" in services["object-store"]["command"]
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("s3")
+def test_the_bucket_is_made_once():
+    program = compose()["services"]["bucket"]["command"][2].replace("loopfm", "other-bucket")
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=90)
+    found = boto3.client("s3", region_name="us-east-1").list_buckets()["Buckets"]
+    assert "other-bucket" in [bucket["Name"] for bucket in found]
 
 
 def test_regions_of_the_aws_file_agree():
