@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--embed-dim", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=2, help="timed ones of a turn")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument(
         "--loaders", default=",".join(LOADERS), help="FuxiCTR's; none leaves it out"
